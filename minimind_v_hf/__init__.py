@@ -1,0 +1,37 @@
+"""MiniMind-V the Hugging Face way: a tiny vision-language model with config, model and processor for transformers.
+
+Importing the package registers its classes with the Auto classes of transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
+from .modeling_minimind_v import (
+    MiniMindForCausalLM,
+    MiniMindModel,
+    MiniMindVForConditionalGeneration,
+    MiniMindVModel,
+)
+from .processing_minimind_v import MiniMindVProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(MiniMindVTextConfig.model_type, MiniMindVTextConfig)
+AutoConfig.register(MiniMindVConfig.model_type, MiniMindVConfig)
+AutoModel.register(MiniMindVTextConfig, MiniMindModel)
+AutoModel.register(MiniMindVConfig, MiniMindVModel)
+AutoModelForCausalLM.register(MiniMindVTextConfig, MiniMindForCausalLM)
+AutoModelForCausalLM.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoModelForImageTextToText.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoProcessor.register(MiniMindVConfig, MiniMindVProcessor)
+
+__all__ = [
+    "MiniMindForCausalLM",
+    "MiniMindModel",
+    "MiniMindVConfig",
+    "MiniMindVForConditionalGeneration",
+    "MiniMindVModel",
+    "MiniMindVProcessor",
+    "MiniMindVTextConfig",
+]

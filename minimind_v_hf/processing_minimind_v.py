@@ -1,0 +1,460 @@
+"""MiniMindVProcessor: pictures and chat messages in, `input_ids` and `pixel_values` out.
+
+Three things happen here that an image processor and a tokenizer do not do by themselves:
+
+* Pictures of every kind (paths, URLs, arrays; palette, CMYK, 16-bit, rotated) become RGB as a person sees them.
+* `<image>` in a prompt becomes one image token for each vector that the model makes of a picture.
+* What a user types is text. The chat template puts a mark into anything in a message that looks like a control token,
+  `<|im_start|>` say; the marked string is not recognised as one, and the tokenizer's normalizer takes the mark out again.
+
+This file is copied into every saved model folder, so it depends on torch and transformers alone.
+"""
+
+import base64
+import binascii
+import copy
+import io
+import json
+import os
+import urllib.request
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from packaging import version
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import __version__ as transformers_version
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+
+from .configuration_minimind_v import MiniMindVConfig
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Where a picture belongs in a prompt or a data set, whatever the tokenizer's own image token is."""
+
+CONTROL_MARK = "\ufdd0"
+"""A Unicode noncharacter, which is reserved for use inside a program: it stands in no text."""
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Larger files are refused before they are decoded: a quarter of a gigabyte as RGB, Pillow's own warning threshold."""
+
+_DOWNLOAD_TIMEOUT = 30  # seconds
+_MAX_DOWNLOAD = 64 * 2**20  # bytes
+
+
+# ── The chat template ────────────────────────────────────────────────────────────────────────────────────────────────
+
+_CHAT_TEMPLATE = """\
+{#- Text from a message: what looks like a control token gets a mark, which the tokenizer's normalizer removes. -#}
+{%- macro plain(text) -%}
+    {{- text | replace("<|", "<" ~ mark ~ "|") -}}
+{%- endmacro -%}
+{#- A string may hold <image>. In a list, pictures are items of their own, and <image> in a text item is text. -#}
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- plain(content) | replace("<image>", picture) -}}
+    {%- else -%}
+        {%- for item in content or [] -%}
+            {%- if item.type == "image" -%}
+                {{- picture -}}
+            {%- elif item.type == "text" -%}
+                {{- plain(item.text) | replace("<image>", "<" ~ mark ~ "image>") -}}
+            {%- else -%}
+                {{- raise_exception("Unknown content type '" ~ item.type ~ "': expected 'image' or 'text'.") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if default_system and messages[0].role != "system" -%}
+    {{- "<|im_start|>system\\n" ~ default_system ~ "<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message.role not in ["system", "user", "assistant"] -%}
+        {{- raise_exception("Unknown role '" ~ message.role ~ "': expected 'system', 'user' or 'assistant'.") -}}
+    {%- endif -%}
+    {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
+    {%- if message.role == "assistant" -%}
+        {%- set content = render(message.content) -%}
+        {%- generation -%}
+            {%- if thinking -%}
+                {%- set reasoning = "" -%}
+                {%- if message.reasoning_content is string -%}
+                    {%- set reasoning = plain(message.reasoning_content) -%}
+                {%- elif "</think>" in content -%}
+                    {%- set reasoning = content.split("</think>")[0].split("<think>")[-1] -%}
+                    {%- set content = content.split("</think>")[-1] -%}
+                {%- endif -%}
+                {{- "<think>\\n" ~ reasoning.strip("\\n") ~ "\\n</think>\\n\\n" -}}
+                {%- set content = content.lstrip("\\n") -%}
+            {%- endif -%}
+            {{- content ~ "<|im_end|>\\n" -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- render(message.content) ~ "<|im_end|>\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+    {%- if thinking -%}
+        {{- "<think>\\n" if open_thinking is defined and open_thinking else "<think>\\n\\n</think>\\n\\n" -}}
+    {%- endif -%}
+{%- endif -%}
+"""
+
+
+def build_chat_template(image_token: str, default_system: str | None, thinking: bool) -> str:
+    """The ChatML template of MiniMind-V, in Jinja, with `{% generation %}` around what a model learns to say.
+
+    Args:
+        image_token: written where a picture belongs.
+        default_system: system message of conversations that have none (MiniMind2), or None.
+        thinking: open each answer with a `<think>` block (minimind-3); the option `open_thinking` of
+            `apply_chat_template` then leaves it open in the prompt.
+    """
+    settings = {"picture": image_token, "mark": CONTROL_MARK, "default_system": default_system or "", "thinking": thinking}
+    header = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items())
+    return header + _CHAT_TEMPLATE
+
+
+# ── The tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that has an image token and takes out control marks: the given one if it does so, else a copy.
+
+    MiniMind2's tokenizer has no image token, and a new id would grow the embedding. But its vocabulary, like every
+    byte-level one, holds the byte 0xFF, which no valid UTF-8 contains: that entry (id 190) is renamed to `<image>`. Every
+    other id stays as it is. minimind-3's tokenizer has `<|image_pad|>` and keeps it. A tokenizer without such a byte
+    gets a new id, for which the model's embedding must be resized.
+
+    Raises:
+        ValueError: the tokenizer has no `tokenizers` backend.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer. MiniMindVProcessor needs one, with a tokenizer.json."
+        )
+    image_token = _find_image_token(tokenizer)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if image_token and normalizer is not None and normalizer.normalize_str(CONTROL_MARK) == "":
+        return tokenizer
+
+    tokenizer = copy.deepcopy(tokenizer) if image_token else _add_image_token(tokenizer)
+    if getattr(tokenizer, "image_token", None) is None:
+        tokenizer.add_special_tokens({"image_token": image_token})
+    remove_marks = normalizers.Replace(CONTROL_MARK, "")
+    tokenizer.backend_tokenizer.normalizer = (
+        remove_marks if normalizer is None else normalizers.Sequence([remove_marks, normalizer])
+    )
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what batched generation needs; a training collator pads on its own
+    return tokenizer
+
+
+def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    added = tokenizer.get_added_vocab()
+    candidates = [getattr(tokenizer, "image_token", None), IMAGE_PLACEHOLDER, "<|image_pad|>"]
+    return next((token for token in candidates if token in added), None)
+
+
+def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with `<image>`: in place of a byte that never occurs, or else as a new id."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"].get("vocab")
+    # Byte-level BPE writes the byte b from 0xA1 on as chr(b), with the exception of 0xAD
+    unreachable = [chr(byte) for byte in (0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF9, 0xF8, 0xF7, 0xF6, 0xF5, 0xC1, 0xC0)]
+    if "ByteLevel" not in json.dumps(state["pre_tokenizer"]) or not isinstance(vocab, dict):
+        unreachable = []
+    merged = {part for merge in state["model"].get("merges", []) for part in (merge if isinstance(merge, list) else merge.split())}
+    symbol = next((symbol for symbol in unreachable if symbol in vocab and symbol not in merged), None)
+    if symbol is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"image_token": IMAGE_PLACEHOLDER})
+        logger.warning(
+            f"This tokenizer has no image token and no unused entry: {IMAGE_PLACEHOLDER} became the new id "
+            f"{tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}. Call model.resize_token_embeddings({len(tokenizer)})."
+        )
+        return tokenizer
+    vocab[IMAGE_PLACEHOLDER] = vocab.pop(symbol)
+    image_token = {"id": vocab[IMAGE_PLACEHOLDER], "content": IMAGE_PLACEHOLDER, "special": True}
+    image_token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    state["added_tokens"] = sorted([*state["added_tokens"], image_token], key=lambda token: token["id"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": IMAGE_PLACEHOLDER},
+        **{name: token for name, token in tokenizer.special_tokens_map.items() if name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+    )
+
+
+# ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_image(source: Any) -> Image.Image:
+    """A picture as a person sees it: RGB, upright, transparency over white.
+
+    Args:
+        source: a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W); bytes, 16-bit integers, or floats from 0
+            to 1), a path, a URL, or base64 data.
+
+    Raises:
+        ValueError: the picture cannot be read, with the reason.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = _open(source)
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
+        source = _from_array(source)
+    elif not isinstance(source, Image.Image):
+        raise ValueError(f"expected a PIL image, an array, a path or a URL, got {type(source).__name__}")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(source))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the file is truncated or damaged ({error})") from error
+
+
+def _open(source: str | os.PathLike) -> Image.Image:
+    """Open a path, URL or base64 string without decoding its pixels yet."""
+    file: Any = source
+    name = os.fspath(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            request = urllib.request.Request(name, headers={"User-Agent": "minimind_v_hf"})
+            with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
+                file = io.BytesIO(response.read(_MAX_DOWNLOAD + 1))
+            if file.getbuffer().nbytes > _MAX_DOWNLOAD:
+                raise ValueError(f"the download exceeds {_MAX_DOWNLOAD >> 20} MiB")
+        elif not os.path.isfile(name):
+            file = io.BytesIO(_decode_base64(name))
+        image = Image.open(file)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("the file is not a picture in a known format") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels exceed the limit of {MAX_IMAGE_PIXELS} (a decompression bomb?); "
+            "resize the file, or pass it as a PIL image if you trust it"
+        )
+    return image
+
+
+def _decode_base64(text: str) -> bytes:
+    encoded = text.partition("base64,")[2] if text.startswith("data:") else text
+    try:
+        # A file name is hardly ever valid base64 of this length
+        if len(encoded) < 64:
+            raise ValueError
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        shown = text if len(text) <= 200 else text[:200] + "…"
+        raise ValueError(f"there is no such file, and it is no URL and no base64 data: {shown!r}") from None
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    channels_first = isinstance(array, torch.Tensor)
+    values = array.detach().cpu().float().numpy() if channels_first and array.is_floating_point() else np.asarray(array)
+    if values.ndim == 2:
+        values = values[..., None]
+    counts = (1, 2, 3, 4)
+    if values.ndim != 3 or not (values.shape[0] in counts or values.shape[-1] in counts) or values.size == 0:
+        raise ValueError(f"expected an array of shape (H, W), (H, W, C) or (C, H, W), got {tuple(values.shape)}")
+    if values.shape[-1] not in counts or (channels_first and values.shape[0] in counts):
+        values = values.transpose(1, 2, 0)
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all():
+            raise ValueError("the array holds NaN or infinite values")
+        values = values * 255 if values.max() <= 1 else values
+    elif values.dtype == np.bool_:
+        values = values * 255.0
+    elif values.dtype == np.uint16:
+        values = values / 257
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"expected values from 0 to 255, or floats from 0 to 1; got {values.min()} to {values.max()}")
+    values = values.round().astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / 65535 if values.max() > 255 else 255 if 0 < values.max() <= 1 and image.mode == "F" else 1
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+# ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):
+    """The keyword arguments of `MiniMindVProcessor.__call__`."""
+
+    _defaults = {
+        "text_kwargs": {"padding": False, "return_mm_token_type_ids": False, "return_text_replacement_offsets": False},
+    }
+
+
+class MiniMindVProcessor(ProcessorMixin):
+    r"""Image processor and tokenizer in one, and the chat template that joins them.
+
+    Args:
+        image_processor: any image processor of transformers that gives `pixel_values` of the encoder's size.
+        tokenizer: a fast tokenizer. One without an image token is copied and given one: see `prepare_tokenizer`.
+        chat_template: a Jinja template. By default ours, in the manner of the tokenizer's generation: with a
+            `<think>` block when its vocabulary knows `<think>`, else with MiniMind2's default system message.
+        image_seq_length: image tokens per picture, `config.image_seq_length` of the model; by default that of
+            MiniMind2-V, 196.
+    """
+
+    valid_processor_kwargs = MiniMindVProcessorKwargs
+    _auto_class = "AutoProcessor"
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length=None, **kwargs):
+        if image_seq_length is None:
+            image_seq_length = MiniMindVConfig().image_seq_length
+        if not isinstance(image_seq_length, int) or image_seq_length < 1:
+            raise ValueError(f"image_seq_length={image_seq_length!r}: expected a positive integer.")
+        prepared = prepare_tokenizer(tokenizer)
+        self.image_seq_length = image_seq_length
+        self.image_token = prepared.image_token
+        self.image_token_id = prepared.convert_tokens_to_ids(self.image_token)
+        if chat_template is None:
+            thinking = "<think>" in prepared.get_added_vocab()
+            default_system = None if thinking else "You are a helpful assistant"
+            chat_template = build_chat_template(self.image_token, default_system, thinking)
+        if prepared is not tokenizer:
+            prepared.chat_template = chat_template  # for those who use the tokenizer alone
+        super().__init__(image_processor, prepared, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Prepare prompts and their pictures for the model.
+
+        Args:
+            images: a picture, a list of them in the order of their placeholders, or a list per sample. See `load_image`.
+            text: a prompt with one `<image>` per picture, or a list of prompts.
+            kwargs: of the tokenizer (`padding=True`, …), of the image processor, and `return_tensors`.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, tokens), and `pixel_values` (images in the whole batch, 3, height, width).
+
+        Raises:
+            ValueError: a picture cannot be read, or pictures and placeholders do not match in number.
+        """
+        outputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if "offset_mapping" in outputs and version.parse(transformers_version) < version.parse("5.18"):
+            # Before 5.18, `apply_chat_template(return_assistant_tokens_mask=True)` looks for offsets in the prompt as it
+            # was before `<image>` became many tokens
+            offsets = zip(outputs["input_ids"], outputs["offset_mapping"], strict=True)
+            outputs["offset_mapping"] = [self._offsets_before_expansion(*sample) for sample in offsets]
+        return outputs
+
+    def _offsets_before_expansion(self, input_ids, offsets) -> list[tuple[int, int]]:
+        """Offsets in the unexpanded prompt: the tokens of one image all stand where its placeholder does."""
+        moved, image_tokens, end_of_text = [], 0, 0
+        for token_id, (start, end) in zip(input_ids, offsets, strict=True):
+            complete_images = image_tokens // self.image_seq_length
+            gained = (image_tokens - complete_images) * len(self.image_token)
+            image_tokens += int(token_id) == self.image_token_id
+            is_padding = start == end and end_of_text > 0
+            moved.append((end_of_text, end_of_text) if is_padding else (int(start) - gained, int(end) - gained))
+            end_of_text = max(end_of_text, moved[-1][1])
+        return moved
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Load the pictures, flatten them in the order of their placeholders, and check that the counts match.
+
+        Raises:
+            ValueError: a picture cannot be read, or a sample has more or fewer of them than placeholders. The message
+                names image and sample, both counted from 0.
+        """
+        if isinstance(text, str):
+            text = [text]
+        if text is not None:
+            if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
+                raise ValueError("text: expected a string or a list of strings.")
+            text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
+        placeholders = [sample.count(self.image_token) for sample in text] if text is not None else None
+        if images is not None:
+            images = self._load_images(images, placeholders, kwargs)
+        elif placeholders and any(placeholders):
+            sample = next(i for i, count in enumerate(placeholders) if count)
+            raise ValueError(
+                f"Sample {sample} (counted from 0) has {placeholders[sample]} {IMAGE_PLACEHOLDER} placeholders, but no "
+                "images were passed."
+            )
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
+        """All pictures in one list; `placeholders` are the counts per sample, to check against."""
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            images = list(images)
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        if any(isinstance(item, (list, tuple)) for item in images):
+            samples = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+            if placeholders is not None:
+                self._check_counts(placeholders, [len(sample) for sample in samples])
+        elif placeholders is None:
+            samples = [list(images)]
+        else:
+            if sum(placeholders) != len(images):
+                if len(placeholders) == 1:
+                    self._check_counts(placeholders, [len(images)])
+                raise ValueError(
+                    f"The {len(placeholders)} samples have {placeholders} {IMAGE_PLACEHOLDER} placeholders, "
+                    f"{sum(placeholders)} in all, but {len(images)} images were passed. Pass one image per placeholder, "
+                    "in a list per sample to have each sample checked."
+                )
+            remaining = iter(images)
+            samples = [[next(remaining) for _ in range(count)] for count in placeholders]
+
+        # Unrescaled arrays are the caller's own preprocessing
+        keep_arrays = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
+        loaded = []
+        for sample, sources in enumerate(samples):
+            for index, source in enumerate(sources):
+                if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
+                    loaded.append(source)
+                    continue
+                try:
+                    loaded.append(load_image(source))
+                except ValueError as error:
+                    name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
+                    raise ValueError(
+                        f"Cannot read image {index} of sample {sample}{name}: {error}. (Both counted from 0.)"
+                    ) from error
+        return loaded
+
+    @staticmethod
+    def _check_counts(placeholders: list[int], given: list[int]) -> None:
+        if len(placeholders) != len(given):
+            raise ValueError(f"There are {len(placeholders)} texts, but images for {len(given)} samples.")
+        for sample, (expected, count) in enumerate(zip(placeholders, given, strict=True)):
+            if expected != count:
+                raise ValueError(
+                    f"Sample {sample} (counted from 0) has {expected} {IMAGE_PLACEHOLDER} placeholders, but {count} images "
+                    "were passed for it. Pass one image per placeholder."
+                )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What stands in the prompt for one picture."""
+        return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs) -> MultiModalData:
+        """Tokens and rows of pixels for pictures of these (height, width); for engines that plan ahead, such as vLLM."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(list(image_sizes))
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+
+__all__ = ["MiniMindVProcessor"]
