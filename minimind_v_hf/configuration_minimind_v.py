@@ -6,7 +6,7 @@ This file is copied into every saved model folder, so it depends on transformers
 import math
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 
 def _require(condition: bool, field: str, value: Any, expectation: str) -> None:
@@ -19,7 +19,7 @@ def _is_count(value: Any, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-class MiniMindVTextConfig(PretrainedConfig):
+class MiniMindVTextConfig(PreTrainedConfig):
     r"""Configuration of the MiniMind decoder, for all its generations: what differs between them are fields here.
 
     The defaults are MiniMind2 small (26M parameters).
@@ -174,7 +174,7 @@ class MiniMindVTextConfig(PretrainedConfig):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-class MiniMindVConfig(PretrainedConfig):
+class MiniMindVConfig(PreTrainedConfig):
     r"""Configuration of MiniMind-V. The defaults are MiniMind2-V small with CLIP ViT-B/16 at 224 pixels: 196 image tokens.
 
     Args:
@@ -207,8 +207,8 @@ class MiniMindVConfig(PretrainedConfig):
         "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
     }
 
-    text_config: dict | PretrainedConfig | None = None
-    vision_config: dict | PretrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 190
     image_seq_length: int | None = None
     patches_per_token: int = 1
@@ -298,9 +298,9 @@ class MiniMindVConfig(PretrainedConfig):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _as_config(value, field: str, default: dict) -> PretrainedConfig:
+def _as_config(value, field: str, default: dict) -> PreTrainedConfig:
     """The config that `value` (a config, a dict or None) stands for; `default` fills what a dict leaves open."""
-    if isinstance(value, PretrainedConfig):
+    if isinstance(value, PreTrainedConfig):
         return value
     _require(value is None or isinstance(value, dict), field, value, "expected a config, a dict or None")
     fields = dict(value or {})

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -306,7 +306,6 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     """What every MiniMind decoder declares to transformers."""
 
     config: MiniMindVTextConfig
-    config_class = MiniMindVTextConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniMindDecoderLayer"]
@@ -480,7 +479,7 @@ def _head(model, outputs, labels, logits_to_keep, **kwargs):
     loss = aux_loss = None
     if labels is not None:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-    if isinstance(text_config, MiniMindVTextConfig) and outputs.router_logits:
+    if _is_ours(text_config) and outputs.router_logits:
         aux_loss = load_balancing_loss(outputs.router_logits, hidden_states.shape[0], text_config)
         if loss is not None and model.training:
             loss = loss + aux_loss.to(loss.device)
@@ -535,9 +534,18 @@ class MiniMindVPreTrainedModel(MiniMindPreTrainedModel):
     """What the vision-language models declare to transformers, beyond what the decoder does."""
 
     config: MiniMindVConfig
-    config_class = MiniMindVConfig
     input_modalities = ("image", "text")
     _can_record_outputs = None  # the encoder and the decoder record their own
+
+
+def _is_ours(text_config: PreTrainedConfig) -> bool:
+    # By name: in a folder loaded with remote code, config and model come from two copies of the configuration module
+    return text_config.model_type == MiniMindVTextConfig.model_type
+
+
+def _decoder_from_config(text_config: PreTrainedConfig) -> PreTrainedModel:
+    """Our decoder, which AutoModel does not know in a folder loaded with remote code, or any that it does know."""
+    return MiniMindModel(text_config) if _is_ours(text_config) else AutoModel.from_config(text_config)
 
 
 class MiniMindVModel(MiniMindVPreTrainedModel):
@@ -548,10 +556,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         config.vision_config._experts_implementation = None  # the choice among kernels is for the decoder's experts
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = MiniMindVProjector(config)
-        # Directly, since in a folder loaded with remote code AutoModel does not know our decoder
-        text_config = config.text_config
-        is_ours = isinstance(text_config, MiniMindVTextConfig)
-        self.language_model = MiniMindModel(text_config) if is_ours else AutoModel.from_config(text_config)
+        self.language_model = _decoder_from_config(config.text_config)
         self.post_init()
 
     @classmethod
@@ -561,7 +566,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         `AutoModel.from_pretrained(folder).generate()` is what users write, while engines such as vLLM call
         `AutoModel.from_config(config)`, which does not come by here, and need the base model.
         """
-        if cls is MiniMindVModel and kwargs.get("_from_auto"):
+        # Of those who call this, only the Auto classes pass adapter_kwargs, and they always do
+        if cls is MiniMindVModel and "adapter_kwargs" in kwargs:
             return MiniMindVForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
