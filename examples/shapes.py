@@ -1,0 +1,154 @@
+"""A small bilingual picture-question data set, drawn here: coloured shapes, and what a person may ask about them.
+
+Each picture has four places, some of them empty. The questions ask for colours, shapes, positions and counts, in English
+and in Chinese, and every one of them needs the picture. The files are in the MiniMind-V format: JSONL and JPEG.
+"""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+
+IMAGE_SIZE = 64
+PLACES = [("top left", "左上"), ("top right", "右上"), ("bottom left", "左下"), ("bottom right", "右下")]
+SHAPES = [("circle", "圆形"), ("square", "正方形"), ("triangle", "三角形")]
+COLOURS = {("red", "红色"): "#d62728", ("green", "绿色"): "#2ca02c", ("blue", "蓝色"): "#1f5fd0", ("yellow", "黄色"): "#f2c318"}
+NUMBERS = [("zero", "零"), ("one", "一"), ("two", "二"), ("three", "三"), ("four", "四")]
+
+Pair = tuple[str, str]
+"""The same in English and in Chinese."""
+
+
+class Thing(NamedTuple):
+    """One shape in a picture."""
+
+    shape: Pair
+    colour: Pair
+
+
+Scene = tuple[Thing | None, ...]
+"""What stands in each of the four places."""
+
+
+class Question(NamedTuple):
+    """A question and its answer, in both languages."""
+
+    kind: str
+    text: Pair
+    answer: Pair
+
+
+def all_scenes() -> list[Scene]:
+    """Every way to fill the four places, but for the empty picture."""
+    things = [None, *itertools.starmap(Thing, itertools.product(SHAPES, COLOURS))]
+    return [scene for scene in itertools.product(things, repeat=len(PLACES)) if any(scene)]
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw a scene, with sizes and positions a little different every time."""
+    scale = 4  # drawn larger and shrunk, for smooth edges
+    tint = tuple(rng.randint(225, 255) for _ in range(3))
+    image = Image.new("RGB", (IMAGE_SIZE * scale,) * 2, tint)
+    canvas = ImageDraw.Draw(image)
+    cell = IMAGE_SIZE * scale // 2
+    for place, thing in enumerate(scene):
+        if thing is None:
+            continue
+        radius = rng.uniform(0.28, 0.38) * cell
+        x = (place % 2 + 0.5) * cell + rng.uniform(-0.08, 0.08) * cell
+        y = (place // 2 + 0.5) * cell + rng.uniform(-0.08, 0.08) * cell
+        box = (x - radius, y - radius, x + radius, y + radius)
+        fill = COLOURS[thing.colour]
+        match thing.shape[0]:
+            case "circle":
+                canvas.ellipse(box, fill=fill)
+            case "square":
+                canvas.rectangle(box, fill=fill)
+            case "triangle":
+                canvas.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+
+
+def questions(scene: Scene) -> list[Question]:
+    """All that can be asked about a scene with one right answer."""
+    things = [thing for thing in scene if thing]
+    asked = [Question("count", ("How many shapes are there?", "图中有几个图形？"), NUMBERS[len(things)])]
+    for (place_en, place_zh), thing in zip(PLACES, scene, strict=True):
+        if thing is None:
+            continue
+        (shape_en, shape_zh), (colour_en, colour_zh) = thing
+        colour = (f"What colour is the shape at the {place_en}?", f"{place_zh}的图形是什么颜色？")
+        asked.append(Question("colour", colour, thing.colour))
+        asked.append(Question("shape", (f"Which shape is at the {place_en}?", f"{place_zh}是什么图形？"), thing.shape))
+        if things.count(thing) == 1:
+            position = (f"Where is the {colour_en} {shape_en}?", f"{colour_zh}的{shape_zh}在哪里？")
+            asked.append(Question("position", position, (place_en, place_zh)))
+    return asked
+
+
+def description(scene: Scene) -> Question:
+    """A request to tell all that is in a picture, place by place."""
+    seen = [(place, thing) for place, thing in zip(PLACES, scene, strict=True) if thing]
+    english = ", ".join(f"{place[0]} {thing.colour[0]} {thing.shape[0]}" for place, thing in seen)
+    chinese = "，".join(f"{place[1]}{thing.colour[1]}{thing.shape[1]}" for place, thing in seen)
+    return Question("description", ("Describe the picture.", "描述这张图片。"), (english, chinese))
+
+
+def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns: int, seed: int = 0) -> None:
+    """Write `train.jsonl`, `test.jsonl` and `images/` into a folder.
+
+    No scene is in both files, so no combination of picture contents and question is either. A training row is a
+    conversation of several turns about one picture; a test row is a single question, with its kind.
+
+    Args:
+        folder: created if need be.
+        train_pictures: pictures to train on, each with one conversation.
+        test_pictures: pictures to hold out, each with one question of each language.
+        turns: questions in a training conversation.
+        seed: of everything random.
+    """
+    rng = random.Random(seed)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    scenes = all_scenes()
+    rng.shuffle(scenes)
+    held_out, seen = scenes[:test_pictures], scenes[test_pictures:]
+    with (
+        open(folder / "train.jsonl", "w", encoding="utf-8") as train,
+        open(folder / "test.jsonl", "w", encoding="utf-8") as test,
+        tqdm(total=train_pictures + test_pictures, desc="Drawing pictures", unit="picture") as progress,
+    ):
+        for number in range(train_pictures):
+            scene, name = seen[number % len(seen)], f"train-{number:05d}.jpg"
+            draw(scene, rng).save(images / name, quality=92)
+            possible = questions(scene)
+            # Half the rows describe, which teaches to see, as MiniMind-V's first stage does; the others answer
+            asked = [description(scene)] if number % 2 else rng.sample(possible, min(turns, len(possible)))
+            conversation = []
+            for turn, question in enumerate(asked):
+                language = rng.randrange(2)
+                placeholder = "" if turn else "<image>\n"
+                conversation.append({"role": "user", "content": placeholder + question.text[language]})
+                conversation.append({"role": "assistant", "content": question.answer[language]})
+            train.write(json.dumps({"conversations": conversation, "image": name}, ensure_ascii=False) + "\n")
+            progress.update()
+        for number, scene in enumerate(held_out):
+            name = f"test-{number:05d}.jpg"
+            draw(scene, rng).save(images / name, quality=92)
+            by_kind: dict[str, list[Question]] = {}
+            for question in questions(scene):
+                by_kind.setdefault(question.kind, []).append(question)
+            question = rng.choice(by_kind[rng.choice(sorted(by_kind))])  # every kind equally often
+            for language in range(2):
+                conversation = [
+                    {"role": "user", "content": "<image>\n" + question.text[language]},
+                    {"role": "assistant", "content": question.answer[language]},
+                ]
+                row = {"conversations": conversation, "image": name, "kind": question.kind}
+                test.write(json.dumps(row, ensure_ascii=False) + "\n")
+            progress.update()

@@ -1,0 +1,103 @@
+"""Tiny models, tokenizers and pictures, made here: no test needs the network or a published weight."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+
+
+CORPUS = [
+    "What colour is the circle?",
+    "How many shapes are there?",
+    "图中有几个图形？",
+    "左上的图形是什么颜色？",
+    "The quick brown fox jumps over the lazy dog, and writes to mail@example.com.",
+]
+IMAGE_SIZE, PATCH_SIZE = 16, 4
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
+def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without an image token, like MiniMind2's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+
+
+def make_image_processor(size: int = IMAGE_SIZE) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def make_config(text_config: dict | None = None, vision_config: dict | None = None, **kwargs) -> MiniMindVConfig:
+    """A config with 16 image tokens and two layers of everything."""
+    text = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"max_position_embeddings": 512, "initializer_range": 0.2}  # large weights, so that outputs differ
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+    kwargs.setdefault("image_token_id", make_processor().image_token_id)
+    return MiniMindVConfig(text_config=text | (text_config or {}), vision_config=vision | (vision_config or {}), **kwargs)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
+
+
+def make_processor() -> MiniMindVProcessor:
+    return MiniMindVProcessor(make_image_processor(), make_tokenizer(), image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
+
+
+def make_model(text_config: dict | None = None, **kwargs) -> MiniMindVForConditionalGeneration:
+    attention = {"attn_implementation": kwargs.pop("attn_implementation")} if "attn_implementation" in kwargs else {}
+    model = MiniMindVForConditionalGeneration._from_config(make_config(text_config, **kwargs), **attention)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero when fresh, which would hide a forgotten one
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def make_image(colour: str = "red", size: tuple[int, int] = (20, 20)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+@pytest.fixture(scope="session")
+def processor() -> MiniMindVProcessor:
+    return make_processor()
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def model(request) -> MiniMindVForConditionalGeneration:
+    torch.manual_seed(0)
+    return make_model(MOE if request.param == "moe" else None)
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

@@ -1,0 +1,143 @@
+"""Configurations: defaults, presets, impossible values, saving and loading."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_config
+from transformers import AutoConfig, CLIPConfig, LlamaConfig, SiglipVisionConfig
+
+from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVTextConfig
+
+
+def test_default_is_minimind2_v_small():
+    config = MiniMindVConfig()
+    assert config.image_seq_length == 196
+    assert config.vision_config.model_type == "clip_vision_model"
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (512, 8)
+    assert (config.text_config.head_dim, config.text_config.intermediate_size) == (64, 1408)
+    assert config.tie_word_embeddings
+    assert config.get_text_config() is config.text_config
+
+
+# Without the encoder, which the project's own figures leave out; the tied head counts once
+@pytest.mark.parametrize(
+    ("preset", "parameters", "image_tokens"),
+    [
+        ("minimind2-v-small", 26_223_616, 196),
+        ("minimind2-v", 104_621_568, 196),
+        ("minimind2-v-moe", 145_521_920, 196),
+        ("minimind-3v", 65_094_912, 64),
+        ("minimind-3v-moe", 199_599_360, 64),
+    ],
+)
+def test_presets_have_the_published_sizes(preset, parameters, image_tokens):
+    config = MiniMindVConfig.from_preset(preset)
+    with torch.device("meta"):
+        model = MiniMindVForConditionalGeneration(config)
+    encoder = sum(p.numel() for p in model.model.vision_tower.parameters())
+    assert sum(p.numel() for p in model.parameters()) - encoder == parameters
+    assert config.image_seq_length == image_tokens
+    assert encoder > 85_000_000
+
+
+def test_minimind_3v_moe_uses_65m_of_its_parameters_per_token():
+    text = MiniMindVConfig.from_preset("minimind-3v-moe").text_config
+    idle_experts = text.num_experts - text.num_experts_per_tok
+    idle = text.num_hidden_layers * idle_experts * 3 * text.hidden_size * text.moe_intermediate_size
+    assert 199_599_360 - idle == pytest.approx(65e6, rel=0.01)
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="preset='minimind-9': expected one of 'minimind2-v-small', "):
+        MiniMindVConfig.from_preset("minimind-9")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 7}, "num_attention_heads=7: expected a divisor of hidden_size=100"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: expected a divisor of num_attention_heads=8"),
+        ({"head_dim": 7}, "head_dim=7: expected a positive even integer"),
+        ({"vocab_size": 0}, "vocab_size=0: expected a positive integer"),
+        ({"hidden_size": "512"}, "hidden_size='512': expected a positive integer"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: expected a positive integer"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3: expected an integer from 1 to num_experts=2"),
+        ({"num_experts": -1}, "num_experts=-1: expected 0 or a positive integer"),
+        ({"attention_dropout": 1.5}, "attention_dropout=1.5: expected a number from 0 to below 1"),
+    ],
+)
+def test_impossible_text_values_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MiniMindVTextConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_token_id": 6400}, "image_token_id=6400: expected an id inside the vocabulary, from 0 to 6399"),
+        ({"image_token_id": -1}, "image_token_id=-1: "),
+        ({"image_seq_length": 195}, "image_seq_length=195: expected 196, which is what the encoder gives"),
+        ({"patches_per_token": 5}, "patches_per_token=5: expected a divisor of the encoder's 196 patches"),
+        ({"projector_num_layers": 3}, "projector_num_layers=3: expected 1 or 2"),
+        ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size=0: expected a positive integer"),
+        ({"vision_config": {"image_size": 8, "patch_size": 16}}, "vision_config.patch_size=16: expected at most image_size=8"),
+        ({"text_config": 5}, "text_config=5: expected a config, a dict or None"),
+    ],
+)
+def test_impossible_values_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MiniMindVConfig(**fields)
+
+
+def test_image_tokens_follow_the_encoder_and_the_merging():
+    assert MiniMindVConfig(vision_config={"image_size": 256, "patch_size": 16}).image_seq_length == 256
+    assert MiniMindVConfig(vision_config={"image_size": 256, "patch_size": 16}, patches_per_token=4).image_seq_length == 64
+
+
+def test_other_encoders_and_decoders():
+    config = MiniMindVConfig(text_config=LlamaConfig(hidden_size=64), vision_config={"model_type": "siglip_vision_model"})
+    assert isinstance(config.vision_config, SiglipVisionConfig)
+    assert config.text_config.model_type == "llama"
+    assert not config.tie_word_embeddings
+
+
+def test_of_a_whole_clip_the_vision_half_is_taken():
+    clip = CLIPConfig(vision_config={"image_size": 32, "patch_size": 8})
+    for given in (clip, clip.to_dict()):
+        config = MiniMindVConfig(vision_config=given)
+        assert config.vision_config.model_type == "clip_vision_model"
+        assert config.image_seq_length == 16
+
+
+def test_save_and_load(tmp_path):
+    config = make_config({"rope_parameters": {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e6}})
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert isinstance(loaded, MiniMindVConfig)
+    # Each part loads from the folder of the whole
+    text_config = MiniMindVTextConfig.from_pretrained(tmp_path)
+    assert text_config.to_dict() | {"transformers_version": None, "_name_or_path": ""} == config.text_config.to_dict()
+
+
+def test_config_json_holds_only_what_matters(tmp_path):
+    MiniMindVConfig().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["image_seq_length"] == 196
+    assert content["auto_map"]["AutoModel"] == "modeling_minimind_v.MiniMindVModel"
+    assert "id2label" not in content["text_config"]
+    assert "id2label" not in content["vision_config"]
+
+
+def test_one_nested_field_is_overridden_at_load(tmp_path):
+    make_config({"hidden_size": 48}).save_pretrained(tmp_path)
+    loaded = MiniMindVConfig.from_pretrained(tmp_path, text_config={"vocab_size": 20})
+    assert loaded.text_config.vocab_size == 20
+    assert loaded.text_config.hidden_size == 48
+
+
+def test_no_warning_without_arguments(no_warnings, caplog):
+    MiniMindVConfig()
+    MiniMindVTextConfig()
+    assert not caplog.records
