@@ -141,18 +141,28 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
             f"{type(tokenizer).__name__} is not a fast tokenizer. MiniMindVProcessor needs one, with a tokenizer.json."
         )
     image_token = _find_image_token(tokenizer)
+    named = image_token is not None and getattr(tokenizer, "image_token", None) == image_token
     normalizer = tokenizer.backend_tokenizer.normalizer
-    if image_token and normalizer is not None and normalizer.normalize_str(CONTROL_MARK) == "":
+    if named and normalizer is not None and normalizer.normalize_str(CONTROL_MARK) == "":
         return tokenizer
 
-    tokenizer = copy.deepcopy(tokenizer) if image_token else _add_image_token(tokenizer)
-    if getattr(tokenizer, "image_token", None) is None:
-        tokenizer.add_special_tokens({"image_token": image_token})
+    if named:
+        tokenizer = copy.deepcopy(tokenizer)
+    else:
+        backend = Tokenizer.from_str(_with_image_token(tokenizer) if image_token is None else tokenizer.backend_tokenizer.to_str())
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            model_max_length=tokenizer.model_max_length,
+            clean_up_tokenization_spaces=False,
+            extra_special_tokens={"image_token": image_token or IMAGE_PLACEHOLDER},
+            **{name: token for name, token in special.items() if token is not None},
+        )
     remove_marks = normalizers.Replace(CONTROL_MARK, "")
     tokenizer.backend_tokenizer.normalizer = (
         remove_marks if normalizer is None else normalizers.Sequence([remove_marks, normalizer])
     )
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what batched generation needs; a training collator pads on its own
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what batched generation needs
     return tokenizer
 
 
@@ -162,35 +172,29 @@ def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return next((token for token in candidates if token in added), None)
 
 
-def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer with `<image>`: in place of a byte that never occurs, or else as a new id."""
+def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer.json with `<image>`: in place of a byte that never occurs, or else as a new id."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = state["model"].get("vocab")
-    # Byte-level BPE writes the byte b from 0xA1 on as chr(b), with the exception of 0xAD
-    unreachable = [chr(byte) for byte in (0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF9, 0xF8, 0xF7, 0xF6, 0xF5, 0xC1, 0xC0)]
+    # Byte-level BPE writes the bytes from 0xAE on as the character of the same number
+    unreachable = [chr(byte) for byte in (*range(0xFF, 0xF4, -1), 0xC1, 0xC0)]
     if "ByteLevel" not in json.dumps(state["pre_tokenizer"]) or not isinstance(vocab, dict):
         unreachable = []
-    merged = {part for merge in state["model"].get("merges", []) for part in (merge if isinstance(merge, list) else merge.split())}
+    merges = (merge if isinstance(merge, list) else merge.split(" ") for merge in state["model"].get("merges", []))
+    merged = {part for merge in merges for part in merge}
     symbol = next((symbol for symbol in unreachable if symbol in vocab and symbol not in merged), None)
-    if symbol is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_special_tokens({"image_token": IMAGE_PLACEHOLDER})
+    if symbol is not None:
+        token_id = vocab[IMAGE_PLACEHOLDER] = vocab.pop(symbol)
+    else:
+        token_id = len(tokenizer)
         logger.warning(
-            f"This tokenizer has no image token and no unused entry: {IMAGE_PLACEHOLDER} became the new id "
-            f"{tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)}. Call model.resize_token_embeddings({len(tokenizer)})."
+            f"This tokenizer has no image token and no unused entry: {IMAGE_PLACEHOLDER} becomes the new id {token_id}. "
+            f"Call model.resize_token_embeddings({token_id + 1})."
         )
-        return tokenizer
-    vocab[IMAGE_PLACEHOLDER] = vocab.pop(symbol)
-    image_token = {"id": vocab[IMAGE_PLACEHOLDER], "content": IMAGE_PLACEHOLDER, "special": True}
+    image_token = {"id": token_id, "content": IMAGE_PLACEHOLDER, "special": True}
     image_token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     state["added_tokens"] = sorted([*state["added_tokens"], image_token], key=lambda token: token["id"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens={"image_token": IMAGE_PLACEHOLDER},
-        **{name: token for name, token in tokenizer.special_tokens_map.items() if name in ("bos_token", "eos_token", "pad_token", "unk_token")},
-    )
+    return json.dumps(state)
 
 
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +265,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     values = array.detach().cpu().float().numpy() if channels_first and array.is_floating_point() else np.asarray(array)
     if values.ndim == 2:
         values = values[..., None]
-    counts = (1, 2, 3, 4)
+    counts = (1, 3, 4)
     if values.ndim != 3 or not (values.shape[0] in counts or values.shape[-1] in counts) or values.size == 0:
         raise ValueError(f"expected an array of shape (H, W), (H, W, C) or (C, H, W), got {tuple(values.shape)}")
     if values.shape[-1] not in counts or (channels_first and values.shape[0] in counts):
