@@ -1,0 +1,157 @@
+"""Train a tiny vision-language model from scratch on your own CPU, and see it answer about pictures it has never seen.
+
+    python examples/quickstart.py
+
+Draws a bilingual data set of coloured shapes, trains encoder, projector and decoder on it, saves a folder for the Hub, loads
+that folder in a fresh process, asks about held-out pictures, and draws what came out. Takes about five minutes on two cores
+and needs no network.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from figures import draw_answers, draw_loss
+from shapes import IMAGE_SIZE, write_data_set
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.collator import MiniMindVCollator
+from minimind_v_hf.data import load_conversations, tokenize_conversations
+
+
+def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer for the texts of a data set and the words of the chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    with open(data_file, encoding="utf-8") as file:
+        texts = [message["content"] for line in file for message in json.loads(line)["conversations"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*texts, *["system\nYou are a helpful assistant", "user\n", "assistant\n"] * 10], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--train-pictures", type=int, default=24_000, help="pictures to train on (default: %(default)s)")
+    parser.add_argument("--test-pictures", type=int, default=300, help="pictures to hold out (default: %(default)s)")
+    arguments = parser.parse_args()
+    folder, stages, clock = arguments.output, {}, time.perf_counter()
+
+    def stage_done(name: str) -> None:
+        nonlocal clock
+        stages[name], clock = time.perf_counter() - clock, time.perf_counter()
+
+    # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+    data = folder / "data"
+    write_data_set(data, arguments.train_pictures, arguments.test_pictures, turns=2)
+    stage_done("draw the data set")
+
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    vision_config = {
+        "model_type": "clip_vision_model",
+        "image_size": IMAGE_SIZE,
+        "patch_size": 16,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    processor = MiniMindVProcessor(image_processor, train_tokenizer(data / "train.jsonl"), image_seq_length=(IMAGE_SIZE // 16) ** 2)
+    train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
+    stage_done("tokenise")
+
+    # ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    torch.manual_seed(0)
+    config = MiniMindVConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+        },
+        vision_config=vision_config,
+        image_token_id=processor.image_token_id,
+    )
+    model = MiniMindVForConditionalGeneration(config)
+    print(f"The model has {model.num_parameters():,} parameters and sees a picture as {config.image_seq_length} tokens.")
+
+    # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            logging_steps=25,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_num_workers=1,
+        ),
+        train_dataset=train_set,
+        data_collator=MiniMindVCollator(processor),
+    )
+    trainer.train()
+    model_folder = folder / "model"
+    model.save_pretrained(model_folder)
+    processor.save_pretrained(model_folder)
+    draw_loss([(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry], folder / "loss.png")
+    stage_done("train and save")
+
+    # ── Held-out questions, in a process of their own that knows only the saved folder ───────────────────────────────
+    answers = folder / "answers.jsonl"
+    evaluate = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--model", str(model_folder)]
+    evaluate += ["--data", str(data / "test.jsonl"), "--images", str(data / "images"), "--output", str(answers)]
+    subprocess.run([*evaluate, "--max-new-tokens", "12"], check=True)
+    stage_done("load and answer")
+
+    # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────
+    with open(answers, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    draw_answers(rows, data / "images", folder / "answers.png")
+    stage_done("draw the sheets")
+    majority = {
+        question: Counter(row["conversations"][1]["content"] for row in rows if row["kind"] == question).most_common(1)[0]
+        for question in sorted({row["kind"] for row in rows})
+    }
+    print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
+    for kind, (_, most_common) in majority.items():
+        right = [row["right"] for row in rows if row["kind"] == kind]
+        print(f"{kind:<20}{len(right):>8}{sum(right) / len(right):>9.1%}{most_common / len(right):>18.1%}")
+    exact, baseline = sum(row["right"] for row in rows), sum(count for _, count in majority.values())
+    print(f"{'all':<20}{len(rows):>8}{exact / len(rows):>9.1%}{baseline / len(rows):>18.1%}\n")
+    for name, seconds in [*stages.items(), ("total", sum(stages.values()))]:
+        print(f"{name:<20}{seconds:>7.1f} s")
+    print(f"\nLook at {folder / 'answers.png'} and {folder / 'loss.png'}. Talk to the model:")
+    print(f'python examples/chat.py --model {model_folder} --image {data / "images" / "test-00000.jpg"} "How many shapes are there?"')
+
+
+if __name__ == "__main__":
+    main()
