@@ -11,6 +11,7 @@ import torch
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVTextConfig
 
+
 Generation = Literal["minimind2-2025-02", "minimind2", "minimind-3"]
 """How the native file names its tensors: the first MiniMind2-V, MiniMind2-V since April 2025, or minimind-3v."""
 

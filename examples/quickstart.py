@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from figures import draw_answers, draw_loss
-from shapes import IMAGE_SIZE, write_data_set
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -25,6 +24,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf.collator import MiniMindVCollator
 from minimind_v_hf.data import load_conversations, tokenize_conversations
+from shapes import IMAGE_SIZE, write_data_set
+
+
+PATCH_SIZE = 16  # so that a picture of 64 pixels becomes 4 x 4 patches
 
 
 def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
@@ -67,18 +70,14 @@ def main() -> None:
     write_data_set(data, arguments.train_pictures, arguments.test_pictures, turns=2)
     stage_done("draw the data set")
 
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    vision_config = {
-        "model_type": "clip_vision_model",
-        "image_size": IMAGE_SIZE,
-        "patch_size": 16,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    processor = MiniMindVProcessor(image_processor, train_tokenizer(data / "train.jsonl"), image_seq_length=(IMAGE_SIZE // 16) ** 2)
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    tokenizer = train_tokenizer(data / "train.jsonl")
+    processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
     train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
     stage_done("tokenise")
 
@@ -92,8 +91,17 @@ def main() -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
+            "initializer_range": 0.05,
         },
-        vision_config=vision_config,
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         image_token_id=processor.image_token_id,
     )
     model = MiniMindVForConditionalGeneration(config)
@@ -138,8 +146,8 @@ def main() -> None:
     draw_answers(rows, data / "images", folder / "answers.png")
     stage_done("draw the sheets")
     majority = {
-        question: Counter(row["conversations"][1]["content"] for row in rows if row["kind"] == question).most_common(1)[0]
-        for question in sorted({row["kind"] for row in rows})
+        kind: Counter(row["conversations"][1]["content"] for row in rows if row["kind"] == kind).most_common(1)[0]
+        for kind in sorted({row["kind"] for row in rows})
     }
     print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
     for kind, (_, most_common) in majority.items():
@@ -150,7 +158,8 @@ def main() -> None:
     for name, seconds in [*stages.items(), ("total", sum(stages.values()))]:
         print(f"{name:<20}{seconds:>7.1f} s")
     print(f"\nLook at {folder / 'answers.png'} and {folder / 'loss.png'}. Talk to the model:")
-    print(f'python examples/chat.py --model {model_folder} --image {data / "images" / "test-00000.jpg"} "How many shapes are there?"')
+    picture = data / "images" / "test-00000.jpg"
+    print(f'python examples/chat.py --model {model_folder} --image {picture} "How many shapes are there?"')
 
 
 if __name__ == "__main__":

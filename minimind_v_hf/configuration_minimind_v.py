@@ -84,24 +84,24 @@ class MiniMindVTextConfig(PreTrainedConfig):
 
     vocab_size: int = 6400
     hidden_size: int = 512
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]  # derived in __post_init__
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # derived in __post_init__
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     use_qk_norm: bool = False
-    rope_parameters: dict | None = None
+    rope_parameters: dict = None  # type: ignore[assignment]  # derived in __post_init__
     attention_dropout: float = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 2
     num_shared_experts: int = 0
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: int = None  # type: ignore[assignment]  # derived in __post_init__
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.01
     seq_aux: bool = True
@@ -134,6 +134,13 @@ class MiniMindVTextConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
         self._check()
+        # Of the plan for all kinds of layers, what this model has
+        absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_experts else ["mlp.experts"]
+        if not (self.num_experts and self.num_shared_experts):
+            absent.append("mlp.shared_experts")
+        self.base_model_tp_plan = {
+            name: plan for name, plan in type(self).base_model_tp_plan.items() if not any(f".{part}" in name for part in absent)
+        }
 
     def _check(self) -> None:
         _require(
@@ -207,16 +214,16 @@ class MiniMindVConfig(PreTrainedConfig):
         "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: PreTrainedConfig = None
+    vision_config: PreTrainedConfig = None
     image_token_id: int = 190
-    image_seq_length: int | None = None
+    image_seq_length: int = None  # type: ignore[assignment]  # derived in __post_init__
     patches_per_token: int = 1
     projector_num_layers: int = 1
     projector_layer_norm: bool = False
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
-    tie_word_embeddings: bool | None = None
+    tie_word_embeddings: bool = None  # type: ignore[assignment]  # derived in __post_init__
 
     def __post_init__(self, **kwargs):
         self.text_config = _as_config(self.text_config, "text_config", {"model_type": MiniMindVTextConfig.model_type})
@@ -247,22 +254,14 @@ class MiniMindVConfig(PreTrainedConfig):
         _require(self.projector_num_layers in (1, 2), "projector_num_layers", self.projector_num_layers, "expected 1 or 2")
 
     def _image_seq_length_of_encoder(self) -> int:
-        sizes = {}
+        vision = self.vision_config
         for field in ("image_size", "patch_size"):
-            sizes[field] = getattr(self.vision_config, field, None)
-            _require(
-                _is_count(sizes[field]),
-                f"vision_config.{field}",
-                sizes[field],
-                "expected a positive integer, the side of a square in pixels",
-            )
-        num_patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
-        _require(
-            num_patches > 0,
-            "vision_config.patch_size",
-            sizes["patch_size"],
-            f"expected at most image_size={sizes['image_size']}",
-        )
+            size = getattr(vision, field, None)
+            expectation = "expected a positive integer, the side of a square in pixels"
+            _require(_is_count(size), f"vision_config.{field}", size, expectation)
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        expectation = f"expected at most image_size={vision.image_size}"
+        _require(num_patches > 0, "vision_config.patch_size", vision.patch_size, expectation)
         _require(
             _is_count(self.patches_per_token) and num_patches % self.patches_per_token == 0,
             "patches_per_token",

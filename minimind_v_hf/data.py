@@ -80,8 +80,7 @@ def tokenize_conversations(dataset: Dataset, processor: MiniMindVProcessor) -> D
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             counts = [processor.image_seq_length if token == image_token_id else 1 for token in ids]
             labels = [
-                token if learned and token != image_token_id else IGNORE_INDEX
-                for token, learned in zip(ids, mask, strict=True)
+                token if learned and token != image_token_id else IGNORE_INDEX for token, learned in zip(ids, mask, strict=True)
             ]
             rows["input_ids"].append([token for token, count in zip(ids, counts, strict=True) for _ in range(count)])
             rows["labels"].append([label for label, count in zip(labels, counts, strict=True) for _ in range(count)])

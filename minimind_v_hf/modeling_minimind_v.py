@@ -34,7 +34,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -96,7 +97,7 @@ def apply_rotary_pos_emb(
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "MiniMindAttention",
     query: torch.Tensor,  # (B, H, T, d)
     key: torch.Tensor,  # (B, K, S, d)
     value: torch.Tensor,  # (B, K, S, d)
@@ -315,12 +316,20 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {
+    _can_record_outputs: dict | None = {
         "hidden_states": MiniMindDecoderLayer,
         "attentions": MiniMindAttention,
         "router_logits": OutputRecorder(MiniMindTopKRouter, index=0),
     }
     _auto_class = "AutoModel"
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` never touches what was loaded, so transformers need not guess which modules were.
+
+        Its guess leaves modules without weights of their own uninitialised, CLIP's attention among them.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -349,13 +358,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Run the decoder.
 
@@ -420,16 +429,16 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Run the language model. The arguments of `MiniMindModel.forward`, and:
 
@@ -480,6 +489,12 @@ def _head(model, outputs, labels, logits_to_keep, **kwargs):
     if labels is not None:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
     if _is_ours(text_config) and outputs.router_logits:
+        hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
+        if hidden and model.training and model.is_gradient_checkpointing:
+            raise ValueError(
+                "The load-balancing loss has no gradient, since reentrant gradient checkpointing hides the routers. "
+                "Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         aux_loss = load_balancing_loss(outputs.router_logits, hidden_states.shape[0], text_config)
         if loss is not None and model.training:
             loss = loss + aux_loss.to(loss.device)
@@ -493,14 +508,14 @@ def _head(model, outputs, labels, logits_to_keep, **kwargs):
 class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
     """Adds `image_hidden_states` (N, P, D): the images as the decoder sees them."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """Adds `image_hidden_states` (N, P, D): the images as the decoder sees them."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class MiniMindVProjector(nn.Module):
@@ -578,7 +593,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encode images and project them into the decoder's embedding space.
 
         Args:
@@ -596,7 +611,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         return outputs
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
     ) -> torch.Tensor:
         """Where the image tokens are, as a mask (B, T, 1).
 
@@ -605,9 +620,11 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
-        else:
+        elif inputs_embeds is not None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
+        else:
+            raise ValueError("Give either input_ids or inputs_embeds.")
         num_features = image_features.shape[0] * image_features.shape[1]
         torch_compilable_check(
             mask.sum() == num_features,
@@ -622,14 +639,14 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMindVModelOutputWithPast:
         """Run the model. The arguments of `MiniMindModel.forward`, and:
 
@@ -690,24 +707,24 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See `MiniMindVModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMindVCausalLMOutputWithPast:
         """Run the model. See `MiniMindVModel.forward` for the images and `MiniMindForCausalLM.forward` for the rest."""
         outputs = self.model(

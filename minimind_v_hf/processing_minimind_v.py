@@ -25,9 +25,11 @@ import torch
 from packaging import version
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, normalizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 
 from .configuration_minimind_v import MiniMindVConfig
@@ -149,10 +151,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     if named:
         tokenizer = copy.deepcopy(tokenizer)
     else:
-        backend = Tokenizer.from_str(_with_image_token(tokenizer) if image_token is None else tokenizer.backend_tokenizer.to_str())
+        state = tokenizer.backend_tokenizer.to_str() if image_token else _with_image_token(tokenizer)
         special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
+            tokenizer_object=Tokenizer.from_str(state),
             model_max_length=tokenizer.model_max_length,
             clean_up_tokenization_spaces=False,
             extra_special_tokens={"image_token": image_token or IMAGE_PLACEHOLDER},
@@ -262,7 +264,10 @@ def _decode_base64(text: str) -> bytes:
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     channels_first = isinstance(array, torch.Tensor)
-    values = array.detach().cpu().float().numpy() if channels_first and array.is_floating_point() else np.asarray(array)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
+    values = array
     if values.ndim == 2:
         values = values[..., None]
     counts = (1, 3, 4)
@@ -299,7 +304,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):
+class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """The keyword arguments of `MiniMindVProcessor.__call__`."""
 
     _defaults = {
@@ -339,7 +344,14 @@ class MiniMindVProcessor(ProcessorMixin):
             prepared.chat_template = chat_template  # for those who use the tokenizer alone
         super().__init__(image_processor, prepared, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **kwargs: Unpack[MiniMindVProcessorKwargs],
+    ) -> BatchFeature:
         """Prepare prompts and their pictures for the model.
 
         Args:
@@ -423,7 +435,7 @@ class MiniMindVProcessor(ProcessorMixin):
 
         # Unrescaled arrays are the caller's own preprocessing
         keep_arrays = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
-        loaded = []
+        loaded: list[Any] = []
         for sample, sources in enumerate(samples):
             for index, source in enumerate(sources):
                 if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
@@ -441,13 +453,22 @@ class MiniMindVProcessor(ProcessorMixin):
     @staticmethod
     def _check_counts(placeholders: list[int], given: list[int]) -> None:
         if len(placeholders) != len(given):
-            raise ValueError(f"There are {len(placeholders)} texts, but images for {len(given)} samples.")
+            raise ValueError(
+                f"The number of {IMAGE_PLACEHOLDER} tokens in the prompts should be the same as the number of images in every "
+                f"sample, but there are {len(placeholders)} texts, and images for {len(given)} samples."
+            )
         for sample, (expected, count) in enumerate(zip(placeholders, given, strict=True)):
             if expected != count:
                 raise ValueError(
                     f"Sample {sample} (counted from 0) has {expected} {IMAGE_PLACEHOLDER} placeholders, but {count} images "
                     "were passed for it. Pass one image per placeholder."
                 )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write the processor, with its code and chat template, into a folder."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.__dict__.pop("auto_map", None)  # which saving leaves behind, so that a processor would differ from its copy
+        return files
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What stands in the prompt for one picture."""

@@ -64,8 +64,9 @@ def test_tokens_are_the_processors_and_labels_are_what_the_assistant_says(files,
 
 
 def test_image_tokens_are_never_labels(files, processor):
-    rows = [{"conversations": [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": "<image>!"}], "image": "red.png"}]
-    dataset = tokenize_conversations(load_conversations(*files(rows)), processor)
+    conversation = [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": "<image>!"}]
+    row = {"conversations": conversation, "image": "red.png"}
+    dataset = tokenize_conversations(load_conversations(*files([row])), processor)
     assert dataset[0]["input_ids"].count(processor.image_token_id) == IMAGE_TOKENS
     assert processor.image_token_id not in dataset[0]["labels"]
 

@@ -92,9 +92,7 @@ def test_folder_loads_without_the_package_and_so_does_its_copy(text_config, tmp_
     assert {path.name for path in folder.iterdir()} == FILES
     make_image(size=(IMAGE_SIZE, IMAGE_SIZE)).save(picture)
 
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": "<image>What colour?"}], add_generation_prompt=True
-    )
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>What colour?"}], add_generation_prompt=True)
     inputs = processor(text=text, images=str(picture), return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     with torch.no_grad():

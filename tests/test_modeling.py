@@ -295,9 +295,7 @@ def test_compiles_without_graph_breaks(model):
     prefill = compiled(input_ids=input_ids, pixel_values=pixel_values, past_key_values=cache, use_cache=True)
     assert_same(prefill.logits, expected)
     more = torch.randint(3, 180, (1, 1))
-    step = compiled(
-        input_ids=more, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[input_ids.shape[1]]])
-    )
+    step = compiled(input_ids=more, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[input_ids.shape[1]]]))
     whole = model(torch.cat((input_ids, more), dim=1), pixel_values=pixel_values).logits
     assert_same(step.logits[:, -1], whole[:, -1])
 
@@ -363,3 +361,26 @@ def test_experts_loop_is_the_sum_over_chosen_experts():
             hidden = torch.nn.functional.silu(gate) * up
             expected[token] += weights[token, choice] * (experts.down_proj[index[token, choice]] @ hidden)
     assert_same(experts(x, index, weights), expected, atol=1e-4)
+
+
+def test_reentrant_checkpointing_cannot_balance_experts():
+    model = make_model(MOE).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    input_ids = prompt(model, 8, images=0)
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
+        model(input_ids, labels=input_ids)
+
+
+def test_missing_encoder_weights_are_initialised_as_the_encoder_wants(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(vision_config={"initializer_range": 0.02, "num_hidden_layers": 8})
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "vision_tower" not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    loaded = MiniMindVForConditionalGeneration.from_pretrained(tmp_path)
+    fresh = MiniMindVForConditionalGeneration(model.config)
+    for (name, ours), (_, expected) in zip(loaded.named_parameters(), fresh.named_parameters(), strict=True):
+        if "vision_tower" in name and name.endswith("proj.weight"):
+            assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.1), name

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.key_table import from_native, key_table, to_native
 from safetensors.torch import load_file
 
+from convert.key_table import from_native, key_table, to_native
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
 
 
@@ -73,9 +73,7 @@ def test_logits(golden, case):
     model, expected, *_ = golden
     with torch.no_grad():
         logits = model(expected[f"{case}.input_ids"], pixel_values=expected.get(f"{case}.pixel_values")).logits
-    torch.testing.assert_close(
-        logits[:, expected[f"{case}.logits_positions"]], expected[f"{case}.logits"], atol=5e-5, rtol=0
-    )
+    torch.testing.assert_close(logits[:, expected[f"{case}.logits_positions"]], expected[f"{case}.logits"], atol=5e-5, rtol=0)
 
 
 def test_projected_image(golden):
