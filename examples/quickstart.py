@@ -53,10 +53,19 @@ def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
+    """How often the commonest answer is right, for each kind of question and each language."""
+    answers: dict[tuple, Counter] = {}
+    for row in rows:
+        question, answer = (message["content"] for message in row["conversations"])
+        answers.setdefault((row["kind"], question.isascii()), Counter())[answer] += 1
+    return {group: counter.most_common(1)[0][1] for group, counter in answers.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--train-pictures", type=int, default=24_000, help="pictures to train on (default: %(default)s)")
+    parser.add_argument("--train-pictures", type=int, default=16_000, help="pictures to train on (default: %(default)s)")
     parser.add_argument("--test-pictures", type=int, default=300, help="pictures to hold out (default: %(default)s)")
     arguments = parser.parse_args()
     folder, stages, clock = arguments.output, {}, time.perf_counter()
@@ -145,18 +154,18 @@ def main() -> None:
         rows = [json.loads(line) for line in file]
     draw_answers(rows, data / "images", folder / "answers.png")
     stage_done("draw the sheets")
-    majority = {
-        kind: Counter(row["conversations"][1]["content"] for row in rows if row["kind"] == kind).most_common(1)[0]
-        for kind in sorted({row["kind"] for row in rows})
-    }
     print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
-    for kind, (_, most_common) in majority.items():
-        right = [row["right"] for row in rows if row["kind"] == kind]
-        print(f"{kind:<20}{len(right):>8}{sum(right) / len(right):>9.1%}{most_common / len(right):>18.1%}")
-    exact, baseline = sum(row["right"] for row in rows), sum(count for _, count in majority.values())
-    print(f"{'all':<20}{len(rows):>8}{exact / len(rows):>9.1%}{baseline / len(rows):>18.1%}\n")
+    kinds = sorted({row["kind"] for row in rows})
+    for kind in [*kinds, "all"]:
+        asked = [row for row in rows if kind in (row["kind"], "all")]
+        exact = sum(row["right"] for row in asked) / len(asked)
+        majority = sum(most_common_answer(asked).values()) / len(asked)
+        print(f"{kind:<20}{len(asked):>8}{exact:>9.1%}{majority:>18.1%}")
+    print()
     for name, seconds in [*stages.items(), ("total", sum(stages.values()))]:
         print(f"{name:<20}{seconds:>7.1f} s")
+    results = {"exact": exact, "majority_answer": majority, "seconds": stages}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nLook at {folder / 'answers.png'} and {folder / 'loss.png'}. Talk to the model:")
     picture = data / "images" / "test-00000.jpg"
     print(f'python examples/chat.py --model {model_folder} --image {picture} "How many shapes are there?"')

@@ -1,0 +1,85 @@
+"""The examples as a user runs them: real processes, on small data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shapes import PLACES, all_scenes, description, questions, write_data_set
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: object, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run("quickstart.py", "--output", folder, "--train-pictures", 64, "--test-pictures", 8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_quickstart_leaves_a_model_answers_and_pictures(quickstart):
+    folder, printed = quickstart
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 16
+    assert all(row["right"] == (row["answer"] == row["conversations"][1]["content"]) for row in answers)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["exact"] == sum(row["right"] for row in answers) / 16
+    assert f"{results['exact']:.1%}" in printed
+    for name in ("answers.png", "loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "model" / "modeling_minimind_v.py").exists()
+
+
+def test_chat_answers_about_a_picture(quickstart):
+    folder, _ = quickstart
+    picture = folder / "data" / "images" / "test-00000.jpg"
+    options = ["--model", folder / "model", "--max-new-tokens", 5]
+    done = run("chat.py", *options, "--image", picture, "How many shapes are there?")
+    assert done.returncode == 0, done.stderr[-2000:]
+    missing = run("chat.py", *options, "--image", "nowhere.jpg", "How many?")
+    assert missing.returncode == 2
+    assert "Cannot read image 0 of sample 0 (nowhere.jpg): there is no such file" in missing.stderr
+
+
+@pytest.mark.parametrize("script", ["quickstart.py", "chat.py", "evaluate.py"])
+def test_help(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert "python examples/" + script in done.stdout
+
+
+def test_no_scene_is_in_both_files(tmp_path):
+    write_data_set(tmp_path, train_pictures=300, test_pictures=40, turns=2)
+    rows = {
+        name: [json.loads(line) for line in open(tmp_path / f"{name}.jsonl", encoding="utf-8")] for name in ("train", "test")
+    }
+    assert len(rows["train"]) == 300
+    assert len(rows["test"]) == 80
+    assert {row["kind"] for row in rows["test"]} == {"colour", "count", "position", "shape"}
+    pictures = {name: {(tmp_path / "images" / row["image"]).read_bytes() for row in rows[name]} for name in rows}
+    assert len(pictures["train"]) == 300
+    assert not pictures["train"] & pictures["test"]
+
+
+def test_questions_have_the_right_answers():
+    red_circle = (("circle", "圆形"), ("red", "红色"))
+    scene = next(s for s in all_scenes() if s[1] == red_circle and s[2] == red_circle and not s[0] and not s[3])
+    english = {question.text[0]: question.answer[0] for question in questions(scene)}
+    assert english == {
+        "How many shapes are there?": "two",
+        "What colour is the shape at the top right?": "red",
+        "Which shape is at the top right?": "circle",
+        "What colour is the shape at the bottom left?": "red",
+        "Which shape is at the bottom left?": "circle",
+    }  # where the red circle is has two answers, so nobody asks
+    assert description(scene).answer == ("top right red circle, bottom left red circle", "右上红色圆形，左下红色圆形")
+    assert len(all_scenes()) == 13 ** len(PLACES) - 1
