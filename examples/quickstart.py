@@ -24,6 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf.collator import MiniMindVCollator
 from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.processing_minimind_v import build_chat_template
 from shapes import IMAGE_SIZE, write_data_set
 
 
@@ -33,7 +34,8 @@ PATCH_SIZE = 16  # so that a picture of 64 pixels becomes 4 x 4 patches
 def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
     """A small byte-level BPE tokenizer for the texts of a data set and the words of the chat template."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Tokens may span words: in so small a world "top left" is one notion
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     with open(data_file, encoding="utf-8") as file:
         texts = [message["content"] for line in file for message in json.loads(line)["conversations"]]
@@ -43,7 +45,7 @@ def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*texts, *["system\nYou are a helpful assistant", "user\n", "assistant\n"] * 10], trainer)
+    backend.train_from_iterator([*texts, *["user\n", "assistant\n"] * 1000], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",
@@ -65,7 +67,7 @@ def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--train-pictures", type=int, default=16_000, help="pictures to train on (default: %(default)s)")
+    parser.add_argument("--train-pictures", type=int, default=26_000, help="pictures to train on (default: %(default)s)")
     parser.add_argument("--test-pictures", type=int, default=300, help="pictures to hold out (default: %(default)s)")
     arguments = parser.parse_args()
     folder, stages, clock = arguments.output, {}, time.perf_counter()
@@ -86,7 +88,12 @@ def main() -> None:
         image_std=[0.5] * 3,
     )
     tokenizer = train_tokenizer(data / "train.jsonl")
-    processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
+    processor = MiniMindVProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=build_chat_template("<image>", default_system=None, thinking=False),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+    )
     train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
     stage_done("tokenise")
 
@@ -100,7 +107,7 @@ def main() -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
-            "initializer_range": 0.05,
+            "initializer_range": 0.1,  # large for so narrow a model, which lets attention find its feet sooner
         },
         vision_config={
             "model_type": "siglip_vision_model",
@@ -126,7 +133,9 @@ def main() -> None:
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
-            logging_steps=25,
+            adam_beta2=0.99,
+            optim="adamw_torch_fused",
+            logging_steps=50,
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,

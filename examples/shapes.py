@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 IMAGE_SIZE = 64
 PLACES = [("top left", "左上"), ("top right", "右上"), ("bottom left", "左下"), ("bottom right", "右下")]
-SHAPES = [("circle", "圆形"), ("square", "正方形"), ("triangle", "三角形")]
+SHAPES = [("ring", "圆环"), ("square", "正方形"), ("cross", "十字")]
 COLOURS = {("red", "红色"): "#d62728", ("green", "绿色"): "#2ca02c", ("blue", "蓝色"): "#1f5fd0", ("yellow", "黄色"): "#f2c318"}
 NUMBERS = [("zero", "零"), ("one", "一"), ("two", "二"), ("three", "三"), ("four", "四")]
 
@@ -51,7 +51,7 @@ def all_scenes() -> list[Scene]:
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene, with sizes and positions a little different every time."""
-    scale = 4  # drawn larger and shrunk, for smooth edges
+    scale = 2  # drawn larger and shrunk, for smooth edges
     tint = tuple(rng.randint(225, 255) for _ in range(3))
     image = Image.new("RGB", (IMAGE_SIZE * scale,) * 2, tint)
     canvas = ImageDraw.Draw(image)
@@ -59,19 +59,21 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     for place, thing in enumerate(scene):
         if thing is None:
             continue
-        radius = rng.uniform(0.28, 0.38) * cell
-        x = (place % 2 + 0.5) * cell + rng.uniform(-0.08, 0.08) * cell
-        y = (place // 2 + 0.5) * cell + rng.uniform(-0.08, 0.08) * cell
+        radius = rng.uniform(0.34, 0.42) * cell
+        x = (place % 2 + 0.5) * cell + rng.uniform(-0.06, 0.06) * cell
+        y = (place // 2 + 0.5) * cell + rng.uniform(-0.06, 0.06) * cell
         box = (x - radius, y - radius, x + radius, y + radius)
         fill = COLOURS[thing.colour]
+        bar = radius * 0.3
         match thing.shape[0]:
-            case "circle":
-                canvas.ellipse(box, fill=fill)
+            case "ring":
+                canvas.ellipse(box, outline=fill, width=round(radius * 0.4))
             case "square":
                 canvas.rectangle(box, fill=fill)
-            case "triangle":
-                canvas.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+            case "cross":
+                canvas.rectangle((x - radius, y - bar, x + radius, y + bar), fill=fill)
+                canvas.rectangle((x - bar, y - radius, x + bar, y + radius), fill=fill)
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -81,22 +83,41 @@ def questions(scene: Scene) -> list[Question]:
     for (place_en, place_zh), thing in zip(PLACES, scene, strict=True):
         if thing is None:
             continue
-        (shape_en, shape_zh), (colour_en, colour_zh) = thing
         colour = (f"What colour is the shape at the {place_en}?", f"{place_zh}的图形是什么颜色？")
         asked.append(Question("colour", colour, thing.colour))
         asked.append(Question("shape", (f"Which shape is at the {place_en}?", f"{place_zh}是什么图形？"), thing.shape))
-        if things.count(thing) == 1:
-            position = (f"Where is the {colour_en} {shape_en}?", f"{colour_zh}的{shape_zh}在哪里？")
+        if [other.colour for other in things].count(thing.colour) == 1:
+            position = (f"Where is the {thing.colour[0]} shape?", f"{thing.colour[1]}的图形在哪里？")
             asked.append(Question("position", position, (place_en, place_zh)))
     return asked
 
 
-def description(scene: Scene) -> Question:
-    """A request to tell all that is in a picture, place by place."""
+def descriptions(scene: Scene, rng: random.Random) -> list[Question]:
+    """Two requests to tell all that is in a picture: what stands in each place, and, in any order, where each thing stands."""
     seen = [(place, thing) for place, thing in zip(PLACES, scene, strict=True) if thing]
-    english = ", ".join(f"{place[0]} {thing.colour[0]} {thing.shape[0]}" for place, thing in seen)
-    chinese = "，".join(f"{place[1]}{thing.colour[1]}{thing.shape[1]}" for place, thing in seen)
-    return Question("description", ("Describe the picture.", "描述这张图片。"), (english, chinese))
+    places_first = (
+        ", ".join(f"{place[0]} {thing.colour[0]} {thing.shape[0]}" for place, thing in seen),
+        "，".join(f"{place[1]}{thing.colour[1]}{thing.shape[1]}" for place, thing in seen),
+    )
+    rng.shuffle(seen)
+    things_first = (
+        ", ".join(f"{thing.colour[0]} {thing.shape[0]} {place[0]}" for place, thing in seen),
+        "，".join(f"{thing.colour[1]}{thing.shape[1]}{place[1]}" for place, thing in seen),
+    )
+    return [
+        Question("description", ("Describe the picture.", "描述这张图片。"), places_first),
+        Question("description", ("List the shapes.", "列出所有图形。"), things_first),
+    ]
+
+
+def ask(scene: Scene, turns: int, rng: random.Random) -> list[Question]:
+    """So many different questions about a scene, or as many as there are, every kind as likely as the others."""
+    possible, asked = questions(scene), []
+    while possible and len(asked) < turns:
+        kind = rng.choice(sorted({question.kind for question in possible}))
+        asked.append(rng.choice([question for question in possible if question.kind == kind]))
+        possible.remove(asked[-1])
+    return asked
 
 
 def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns: int, seed: int = 0) -> None:
@@ -115,20 +136,25 @@ def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns:
     rng = random.Random(seed)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    scenes = all_scenes()
-    rng.shuffle(scenes)
-    held_out, seen = scenes[:test_pictures], scenes[test_pictures:]
+    # Pictures with one, two, three and four shapes alike, though there are far more ways to place four
+    held_out, seen = [], []
+    for count in range(1, len(PLACES) + 1):
+        scenes = [scene for scene in all_scenes() if sum(map(bool, scene)) == count]
+        rng.shuffle(scenes)
+        quota = min(len(scenes) // 6, round(test_pictures * count / 10))
+        held_out += scenes[:quota]
+        seen.append(scenes[quota:])
+    rng.shuffle(held_out)
     with (
         open(folder / "train.jsonl", "w", encoding="utf-8") as train,
         open(folder / "test.jsonl", "w", encoding="utf-8") as test,
-        tqdm(total=train_pictures + test_pictures, desc="Drawing pictures", unit="picture") as progress,
+        tqdm(total=train_pictures + len(held_out), desc="Drawing pictures", unit="picture") as progress,
     ):
         for number in range(train_pictures):
-            scene, name = seen[number % len(seen)], f"train-{number:05d}.jpg"
+            scene, name = rng.choice(rng.choice(seen)), f"train-{number:05d}.jpg"
             draw(scene, rng).save(images / name, quality=92)
-            possible = questions(scene)
             # Half the rows describe, which teaches to see, as MiniMind-V's first stage does; the others answer
-            asked = [description(scene)] if number % 2 else rng.sample(possible, min(turns, len(possible)))
+            asked = [rng.choice(descriptions(scene, rng))] if number % 2 else ask(scene, turns, rng)
             conversation = []
             for turn, question in enumerate(asked):
                 language = rng.randrange(2)
@@ -140,10 +166,7 @@ def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns:
         for number, scene in enumerate(held_out):
             name = f"test-{number:05d}.jpg"
             draw(scene, rng).save(images / name, quality=92)
-            by_kind: dict[str, list[Question]] = {}
-            for question in questions(scene):
-                by_kind.setdefault(question.kind, []).append(question)
-            question = rng.choice(by_kind[rng.choice(sorted(by_kind))])  # every kind equally often
+            (question,) = ask(scene, 1, rng)
             for language in range(2):
                 conversation = [
                     {"role": "user", "content": "<image>\n" + question.text[language]},

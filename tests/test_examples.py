@@ -1,13 +1,14 @@
 """The examples as a user runs them: real processes, on small data."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from shapes import PLACES, all_scenes, description, questions, write_data_set
+from shapes import PLACES, all_scenes, descriptions, questions, write_data_set
 
 
 ROOT = Path(__file__).parents[1]
@@ -71,15 +72,18 @@ def test_no_scene_is_in_both_files(tmp_path):
 
 
 def test_questions_have_the_right_answers():
-    red_circle = (("circle", "圆形"), ("red", "红色"))
-    scene = next(s for s in all_scenes() if s[1] == red_circle and s[2] == red_circle and not s[0] and not s[3])
+    red_ring = (("ring", "圆环"), ("red", "红色"))
+    scene = next(s for s in all_scenes() if s[1] == red_ring and s[2] == red_ring and not s[0] and not s[3])
     english = {question.text[0]: question.answer[0] for question in questions(scene)}
     assert english == {
         "How many shapes are there?": "two",
         "What colour is the shape at the top right?": "red",
-        "Which shape is at the top right?": "circle",
+        "Which shape is at the top right?": "ring",
         "What colour is the shape at the bottom left?": "red",
-        "Which shape is at the bottom left?": "circle",
-    }  # where the red circle is has two answers, so nobody asks
-    assert description(scene).answer == ("top right red circle, bottom left red circle", "右上红色圆形，左下红色圆形")
+        "Which shape is at the bottom left?": "ring",
+    }  # where the red shape is has two answers, so nobody asks
+    places_first, things_first = descriptions(scene, random.Random(0))
+    assert places_first.answer == ("top right red ring, bottom left red ring", "右上红色圆环，左下红色圆环")
+    assert sorted(things_first.answer[0].split(", ")) == ["red ring bottom left", "red ring top right"]
+    assert sorted(things_first.answer[1].split("，")) == ["红色圆环右上", "红色圆环左下"]
     assert len(all_scenes()) == 13 ** len(PLACES) - 1
