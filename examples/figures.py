@@ -54,6 +54,7 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, col
     rows = random.Random(0).sample(rows, min(len(rows), columns * lines))
     with matplotlib.rc_context({"font.family": [name for name in (font, "DejaVu Sans") if name]}):
         figure = Figure(figsize=(columns * 2.3, lines * 2.75), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08, hspace=0.06)
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis, row in itertools.zip_longest(axes.flat, rows):
             axis.set_xticks([])

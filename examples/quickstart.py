@@ -3,7 +3,7 @@
     python examples/quickstart.py
 
 Draws a bilingual data set of coloured shapes, trains encoder, projector and decoder on it, saves a folder for the Hub, loads
-that folder in a fresh process, asks about held-out pictures, and draws what came out. Takes about five minutes on two cores
+that folder in a fresh process, asks about held-out pictures, and draws what came out. Takes about four minutes on two cores
 and needs no network.
 """
 

@@ -60,9 +60,9 @@ def test_help(script):
 
 def test_no_scene_is_in_both_files(tmp_path):
     write_data_set(tmp_path, train_pictures=300, test_pictures=40, turns=2)
-    rows = {
-        name: [json.loads(line) for line in open(tmp_path / f"{name}.jsonl", encoding="utf-8")] for name in ("train", "test")
-    }
+    rows = {}
+    for name in ("train", "test"):
+        rows[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows["train"]) == 300
     assert len(rows["test"]) == 80
     assert {row["kind"] for row in rows["test"]} == {"colour", "count", "position", "shape"}
