@@ -489,8 +489,8 @@ def _head(model, outputs, labels, logits_to_keep, **kwargs):
     if labels is not None:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
     if _is_ours(text_config) and outputs.router_logits:
-        hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
-        if hidden and model.training and model.is_gradient_checkpointing:
+        routers_hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
+        if routers_hidden and model.training and model.is_gradient_checkpointing:
             raise ValueError(
                 "The load-balancing loss has no gradient, since reentrant gradient checkpointing hides the routers. "
                 "Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
