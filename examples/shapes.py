@@ -93,13 +93,16 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def descriptions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Two requests to tell all that is in a picture: what stands in each place, and, in any order, where each thing stands."""
+    """Two requests to tell all that is in a picture: what stands in each place, and where each thing stands, in any order.
+
+    A fixed order would be learned instead of the places: after "top left" would always come whatever is next.
+    """
     seen = [(place, thing) for place, thing in zip(PLACES, scene, strict=True) if thing]
+    rng.shuffle(seen)
     places_first = (
         ", ".join(f"{place[0]} {thing.colour[0]} {thing.shape[0]}" for place, thing in seen),
         "，".join(f"{place[1]}{thing.colour[1]}{thing.shape[1]}" for place, thing in seen),
     )
-    rng.shuffle(seen)
     things_first = (
         ", ".join(f"{thing.colour[0]} {thing.shape[0]} {place[0]}" for place, thing in seen),
         "，".join(f"{thing.colour[1]}{thing.shape[1]}{place[1]}" for place, thing in seen),
@@ -153,8 +156,8 @@ def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns:
         for number in range(train_pictures):
             scene, name = rng.choice(rng.choice(seen)), f"train-{number:05d}.jpg"
             draw(scene, rng).save(images / name, quality=92)
-            # Half the rows describe, which teaches to see, as MiniMind-V's first stage does; the others answer
-            asked = [rng.choice(descriptions(scene, rng))] if number % 2 else ask(scene, turns, rng)
+            # Direct questions teach to look things up sooner than descriptions do, so most rows ask
+            asked = [rng.choice(descriptions(scene, rng))] if number % 10 == 0 else ask(scene, turns, rng)
             conversation = []
             for turn, question in enumerate(asked):
                 language = rng.randrange(2)
