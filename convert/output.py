@@ -1,0 +1,154 @@
+"""Where a conversion goes: a new folder that appears complete or not at all, and is tried out before it appears."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.native_files import ConversionError
+
+
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".gitattributes")
+
+# What a user does, in a process that cannot see this package
+_CHILD = """
+import sys
+sys.modules["minimind_v_hf"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+transformers.utils.logging.set_verbosity_error()
+auto_class, remote_code, folder, inputs, outputs, new_tokens, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=remote_code == "yes").eval()
+inputs = load_file(inputs)
+with torch.no_grad():
+    result = {"logits": model(**inputs).logits}
+if int(new_tokens):
+    result["tokens"] = model.generate(**inputs, max_new_tokens=int(new_tokens), do_sample=False, eos_token_id=-1)
+save_file(result, outputs)
+"""
+
+
+def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse an output that would destroy something, before any work is done.
+
+    Args:
+        output: the folder to be written.
+        overwrite: whether a model folder that is there may be replaced.
+        inputs: files and folders that the conversion reads.
+
+    Raises:
+        ConversionError: the output is a file, holds something, or holds one of the inputs.
+    """
+    resolved = output.resolve()
+    for path in inputs:
+        if path.exists() and (path.resolve() == resolved or resolved in path.resolve().parents):
+            raise ConversionError(f"--output {output} is or holds the input {path}: choose another folder")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConversionError(f"--output {output} is a file, where a folder was expected")
+    entries = sorted(output.iterdir())
+    if not entries:
+        return
+    if not overwrite:
+        raise ConversionError(f"--output {output} is not empty: choose another folder, or pass --overwrite to replace it")
+    foreign = [entry for entry in entries if not (entry.is_file() and entry.name.endswith(_MODEL_FILES))]
+    if foreign or not (output / "config.json").is_file():
+        reason = f"it holds {foreign[0].name}" if foreign else "it has no config.json"
+        raise ConversionError(f"--overwrite replaces model folders only, and {output} is none: {reason}. Choose another folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, which takes its place at the end, and vanishes where something goes wrong."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
+            output.rename(old)  # onto an empty folder
+            staging.rename(output)
+            shutil.rmtree(old)
+        else:
+            staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sample_inputs(config) -> dict[str, torch.Tensor]:
+    """A prompt for trying out a model: some tokens and, if it has eyes, a picture of noise.
+
+    Returns:
+        `input_ids` (1, tokens) and, with eyes, `pixel_values` (1, 3, height, width) in float32.
+    """
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, config.get_text_config().vocab_size, (1, 16), generator=generator)
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return {"input_ids": text}
+    text[text == config.image_token_id] = 0
+    image = torch.full((1, config.image_seq_length), config.image_token_id)
+    size = (1, vision.num_channels, vision.image_size, vision.image_size)
+    pixel_values = torch.randn(size, generator=generator)
+    return {"input_ids": torch.cat((text[:, :6], image, text[:, 6:]), dim=1), "pixel_values": pixel_values}
+
+
+def run_in_fresh_process(
+    folder: Path, inputs: dict[str, torch.Tensor], auto_class: str, remote_code: bool, new_tokens: int = 0
+) -> dict[str, torch.Tensor]:
+    """Load a folder in a process of its own, without this package, and run it.
+
+    Args:
+        folder: the model.
+        inputs: keyword arguments of its forward.
+        auto_class: of transformers, for example `AutoModelForImageTextToText`.
+        remote_code: whether the folder brings its own code.
+        new_tokens: greedy tokens to generate.
+
+    Returns:
+        `logits` and, if asked for, `tokens`.
+
+    Raises:
+        ConversionError: the folder cannot be loaded or run.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        given, wanted = Path(work, "inputs.safetensors"), Path(work, "outputs.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
+        arguments = [auto_class, "yes" if remote_code else "no", folder, given, wanted, new_tokens, torch.get_num_threads()]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _CHILD, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": work},
+            check=False,
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ConversionError(f"the converted folder does not run in a fresh process: {reason}")
+        return {name: tensor.clone() for name, tensor in load_file(wanted).items()}
+
+
+def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest absolute difference; NaN equals NaN, and infinite is what only one of them has."""
+    first, second = first.double(), second.double()
+    if first.shape != second.shape or not torch.equal(first.isnan(), second.isnan()):
+        return float("inf")
+    return float((first - second).nan_to_num(nan=0.0).abs().max())
