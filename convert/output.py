@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from convert.native_files import ConversionError
@@ -84,6 +85,25 @@ def new_folder(output: Path) -> Iterator[Path]:
             staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[tuple[set[str], Callable[[str], torch.Tensor]]]:
+    """The names of the tensors in a model folder, and how to get one of them.
+
+    Raises:
+        ConversionError: the folder holds no readable safetensors files.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConversionError(f"{folder} holds no weights: there is no .safetensors file")
+    with ExitStack() as stack:
+        try:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"the weights in {folder} are damaged ({error})") from None
+        owner = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
+        yield set(owner), lambda name: owner[name].get_tensor(name)
 
 
 def _umask() -> int:
