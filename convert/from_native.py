@@ -37,7 +37,14 @@ from convert.audit import ENCODER_PREFIX, Audit, audit_tensors
 from convert.key_table import Row, key_table
 from convert.model_card import FRESH_PROJECTOR, active_parameters, model_card, not_finite_warning, parameter_counts
 from convert.native_files import ConversionError, NativeWeights, read_native_weights
-from convert.output import check_output, largest_difference, new_folder, run_in_fresh_process, sample_inputs
+from convert.output import (
+    check_output,
+    computing_in_float32,
+    largest_difference,
+    new_folder,
+    run_in_fresh_process,
+    sample_inputs,
+)
 from convert.report import print_table, run, shorten, warn
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
 
@@ -47,7 +54,7 @@ NATIVE_SAMPLING = {"do_sample": True, "temperature": 0.65, "top_p": 0.85}
 
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # between two processes, times the largest logit
+TOLERANCE = 1e-5  # between the logits of two processes, times the largest logit
 
 _OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
@@ -140,8 +147,6 @@ def convert(arguments: argparse.Namespace) -> None:
         (processor or tokenizer).save_pretrained(staging)
         card = model_card(name, arguments.weights, model, architecture, audit, str(dtype).removeprefix("torch."))
         (staging / "README.md").write_text(card, encoding="utf-8")
-        for parameter in model.parameters():  # not model.to(dtype), which would round the frequencies of RoPE as well
-            parameter.data = parameter.data.to(dtype)
         difference = verify(model, staging)
     print(f"\nA fresh process without this package loads the folder; its logits differ by {difference:.1e} at most.")
     print(f"Written to {arguments.output}", flush=True)
@@ -300,191 +305,6 @@ def check_fit(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, pr
         of = "of minimind-3" if tokenizer_is_3 else "not of minimind-3"
         warn(f"the tokenizer is {of}, the weights are {RELEASES[architecture.generation]}: do they belong together?")
 
-    # ── The model ──
-    dtype = DTYPES.get(arguments.dtype) or stored_dtype(weights, audit)
-    tower = None
-    if vision_config is not None:
-        tower = load_vision_tower(arguments.vision_tower, architecture.config.vision_config)
-        compare_encoders(tower, weights)
-    model = build_model(architecture, weights, table, tower, dtype, cast_encoder=arguments.dtype is not None)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **NATIVE_SAMPLING,
-    )
-    report_parameters(model, dtype, tower)
-
-    # ── The folder ──
-    name = arguments.push_to_hub or arguments.output.resolve().name
-    with new_folder(arguments.output) as staging:
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
-        model.config.dtype = dtype  # not that of its first tensor, which is the encoder's
-        model.config.save_pretrained(staging)
-        (processor or tokenizer).save_pretrained(staging)
-        card = model_card(name, arguments.weights, model, architecture, audit, str(dtype).removeprefix("torch."))
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        for parameter in model.parameters():  # not model.to(dtype), which would round the frequencies of RoPE as well
-            parameter.data = parameter.data.to(dtype)
-        difference = verify(model, staging)
-    print(f"\nA fresh process without this package loads the folder; its logits differ by {difference:.1e} at most.")
-    print(f"Written to {arguments.output}", flush=True)
-    if tower is not None and not architecture.has_projector:
-        warn(FRESH_PROJECTOR)
-    if audit.not_finite:
-        warn(not_finite_warning(audit))
-    if arguments.push_to_hub:
-        push(arguments.output, arguments.push_to_hub, arguments.private)
-
-
-# ── Tokenizer and encoder ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id. Raises ConversionError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged tokenizer.json makes the parsers raise
-        raise ConversionError(f"--tokenizer {source}: no tokenizer can be loaded from there ({_first_line(error)})") from None
-
-
-def load_vision_config(source: str) -> PreTrainedConfig:
-    """The encoder's configuration; of a whole CLIP or SigLIP, its vision half. Raises ConversionError where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConversionError(
-            f"--vision-tower {source}: no configuration can be loaded from there ({_first_line(error)})"
-        ) from None
-    return getattr(config, "vision_config", config)
-
-
-def build_processor(tokenizer: PreTrainedTokenizerBase, source: str, vision_config: PreTrainedConfig) -> MiniMindVProcessor:
-    """The processor, with the encoder's own preprocessing.
-
-    Raises:
-        ConversionError: the preprocessing is missing or does not fit the encoder, or the tokenizer cannot be used.
-    """
-    size = vision_config.image_size
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        if vision_config.model_type == "clip_vision_model":
-            image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        elif vision_config.model_type == "siglip_vision_model":
-            image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
-        else:
-            raise ConversionError(f"--vision-tower {source}: it has no preprocessing ({_first_line(error)})") from None
-        warn(f"{source} has no preprocessor_config.json: pictures are prepared as for the published {vision_config.model_type}")
-    blank = torch.zeros(3, size, size, dtype=torch.uint8)
-    height, width = image_processor(blank, return_tensors="pt")["pixel_values"].shape[-2:]
-    if (height, width) != (size, size):
-        raise ConversionError(
-            f"--vision-tower {source}: its preprocessing gives {height}x{width} pixels, its encoder wants {size}x{size}"
-        )
-    try:
-        processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=(size // vision_config.patch_size) ** 2)
-    except ValueError as error:
-        raise ConversionError(f"--tokenizer: {_first_line(error)}") from None
-    check_image_token(tokenizer, processor)
-    return processor
-
-
-def check_image_token(tokenizer: PreTrainedTokenizerBase, processor: MiniMindVProcessor) -> None:
-    """Make sure that giving the tokenizer an image token moved no other id.
-
-    Raises:
-        ConversionError: ids changed.
-    """
-    before, after = tokenizer.get_vocab(), processor.tokenizer.get_vocab()
-    changed = {token for token in before if after.get(token) != before[token]}
-    new = {token for token in after if token not in before}
-    if new - {processor.image_token} or any(before[token] != processor.image_token_id for token in changed):
-        raise ConversionError(f"--tokenizer: the image token displaces others ({shorten(sorted(changed))})")
-
-
-def load_vision_tower(source: str, vision_config: PreTrainedConfig) -> PreTrainedModel:
-    """The encoder with its weights, and nothing of a text half.
-
-    Raises:
-        ConversionError: weights are missing, unknown or misshapen.
-    """
-    try:
-        tower, info = AutoModel.from_pretrained(
-            source,
-            config=vision_config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            dtype="auto",
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"--vision-tower {source}: its weights cannot be loaded ({_first_line(error)})") from None
-    unknown = [name for name in info["unexpected_keys"] if not name.startswith(_OTHER_HALF) and "position_ids" not in name]
-    problems = {"missing": info["missing_keys"], "misshapen": [item[0] for item in info["mismatched_keys"]], "unknown": unknown}
-    for problem, names in problems.items():
-        if names:
-            raise ConversionError(f"--vision-tower {source}: {len(names)} {problem} tensors: {shorten(sorted(names))}")
-    return tower
-
-
-def compare_encoders(tower: PreTrainedModel, weights: NativeWeights) -> None:
-    """Make sure that the encoder inside a resume checkpoint is the one that was given.
-
-    Raises:
-        ConversionError: they differ.
-    """
-    inside = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(ENCODER_PREFIX)}
-    different, count = [], 0
-    for name, ours in tower.state_dict().items():
-        for full_name in (f"{ENCODER_PREFIX}vision_model.{name}", ENCODER_PREFIX + name):
-            theirs = inside.get(full_name)
-            if theirs is not None:
-                count += 1
-                # Either may have been rounded
-                if not (torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(theirs.to(ours.dtype), ours)):
-                    different.append(full_name)
-    if different:
-        raise ConversionError(
-            f"the encoder inside {weights.path} differs from --vision-tower in {len(different)} of {count} tensors "
-            f"({shorten(different)}): pass the encoder that the model was trained with"
-        )
-
-
-def check_fit(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, processor: MiniMindVProcessor | None) -> None:
-    """Compare the weights with tokenizer and encoder.
-
-    Raises:
-        ConversionError: the tokenizer has another size, or there is a projector but no encoder.
-    """
-    config = architecture.config
-    vocab_size = config.get_text_config().vocab_size
-    if len(tokenizer) != vocab_size:
-        raise ConversionError(
-            f"--tokenizer has {len(tokenizer)} ids, but the embedding in the weights has {vocab_size} rows: "
-            "it is another model's"
-        )
-    if processor is None:
-        if architecture.has_projector:
-            raise ConversionError("these weights have a projector, so they need their image encoder: pass --vision-tower")
-        return
-    if len(processor.tokenizer) != vocab_size:
-        raise ConversionError("--tokenizer has no image token, and no unreachable byte whose id could become one")
-    processor.image_seq_length = config.image_seq_length
-    expected = IMAGE_TOKENS[architecture.generation]
-    if config.image_seq_length != expected:
-        released = RELEASES[architecture.generation]
-        warn(f"{released} is released with {expected} vectors per picture, but this encoder gives {config.image_seq_length}")
-    has_pad = "<|image_pad|>" in tokenizer.get_added_vocab()
-    if has_pad != (architecture.generation == "minimind-3"):
-        warn(
-            f"the tokenizer is {'not ' if not has_pad else ''}of minimind-3, the weights are {RELEASES[architecture.generation]}: do they belong together?"
-        )
-
 
 # ── The model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -549,13 +369,13 @@ def verify(model: PreTrainedModel, folder: Path) -> float:
         ConversionError: the folder does not load, or gives other logits.
     """
     inputs = sample_inputs(model.config)
-    with torch.no_grad():
+    with torch.no_grad(), computing_in_float32(model):
         expected = model(**inputs).logits
     auto_class = "AutoModelForImageTextToText" if "pixel_values" in inputs else "AutoModelForCausalLM"
     logits = run_in_fresh_process(folder, inputs, auto_class, remote_code=True)["logits"]
     difference = largest_difference(logits, expected)
-    scale = max(1.0, float(expected.float().nan_to_num(0, 0, 0).abs().max()))
-    if difference > TOLERANCE[expected.dtype] * scale:
+    scale = max(1.0, float(expected.nan_to_num(0, 0, 0).abs().max()))
+    if difference > TOLERANCE * scale:
         raise ConversionError(
             f"the written folder gives other logits than the converted model: they differ by {difference:.2e}"
         )

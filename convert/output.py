@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from convert.native_files import ConversionError
 
@@ -27,7 +29,8 @@ from safetensors.torch import load_file, save_file
 transformers.utils.logging.set_verbosity_error()
 auto_class, remote_code, folder, inputs, outputs, new_tokens, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=remote_code == "yes").eval()
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=remote_code == "yes", dtype=torch.float32)
+model.eval()
 inputs = load_file(inputs)
 with torch.no_grad():
     result = {"logits": model(**inputs).logits}
@@ -130,10 +133,42 @@ def sample_inputs(config) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.cat((text[:, :6], image, text[:, 6:]), dim=1), "pixel_values": pixel_values}
 
 
+@contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Make a model compute in float32, with the weights of one module at a time widened.
+
+    CPUs compute in half precision twenty times slower, and a second copy of the model would take memory.
+    """
+    stored: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # Attention as PyTorch has it reads its output projection's weights without calling it
+        parameters = list(module.parameters(recurse=isinstance(module, nn.MultiheadAttention)))
+        stored[module] = [(parameter, parameter.data) for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        return tuple(map(_widened, args)), {name: _widened(value) for name, value in kwargs.items()}
+
+    def restore(module: nn.Module, args: tuple, output: Any) -> None:
+        for parameter, data in stored.pop(module):
+            parameter.data = data
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(widen, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(restore).remove)
+        yield
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def run_in_fresh_process(
     folder: Path, inputs: dict[str, torch.Tensor], auto_class: str, remote_code: bool, new_tokens: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Load a folder in a process of its own, without this package, and run it.
+    """Load a folder in float32 in a process of its own, without this package, and run it.
 
     Args:
         folder: the model.

@@ -31,7 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert.from_native import MAX_SHARD_SIZE
 from convert.native_files import ConversionError
-from convert.output import check_output, largest_difference, new_folder, run_in_fresh_process, sample_inputs
+from convert.output import (
+    check_output,
+    computing_in_float32,
+    largest_difference,
+    new_folder,
+    run_in_fresh_process,
+    sample_inputs,
+)
 from convert.report import print_table, run
 from convert.to_native import load_config
 from minimind_v_hf import (
@@ -43,7 +50,7 @@ from minimind_v_hf import (
 )
 
 
-TOLERANCE = 1e-5  # of the logits, in float32
+TOLERANCE = 1e-5  # of the logits
 NEW_TOKENS = 16
 
 
@@ -190,15 +197,13 @@ def verify(ours: PreTrainedModel, folder: Path) -> float:
         ConversionError: the folder does not load, or gives other logits or tokens.
     """
     inputs = sample_inputs(ours.config)
-    with torch.no_grad():
+    with torch.no_grad(), computing_in_float32(ours):
         logits = ours(**inputs).logits
         tokens = ours.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
     auto_class = "AutoModelForImageTextToText" if "pixel_values" in inputs else "AutoModelForCausalLM"
     result = run_in_fresh_process(folder, inputs, auto_class, remote_code=False, new_tokens=NEW_TOKENS)
     difference = largest_difference(result["logits"], logits)
-    # Half precision rounds to so much of the largest logit
-    tolerance = TOLERANCE if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps * 4 * float(logits.abs().max())
-    if difference > tolerance or not torch.equal(result["tokens"], tokens):
+    if difference > TOLERANCE or not torch.equal(result["tokens"], tokens):
         raise ConversionError(f"the stock model gives other answers: its logits differ by {difference:.2e}")
     return difference
 
