@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    BaseImageProcessor,
     CLIPImageProcessorPil,
     GenerationConfig,
     PreTrainedConfig,
@@ -44,6 +45,7 @@ from convert.output import (
     new_folder,
     run_in_fresh_process,
     sample_inputs,
+    save_model,
 )
 from convert.report import print_table, run, shorten, warn
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
@@ -52,7 +54,6 @@ from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
 NATIVE_SAMPLING = {"do_sample": True, "temperature": 0.65, "top_p": 0.85}
 """How the native scripts answer."""
 
-MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = 1e-5  # between the logits of two processes, times the largest logit
 
@@ -99,9 +100,11 @@ def convert(arguments: argparse.Namespace) -> None:
         raise ConversionError("--private says how to create a Hub repository: pass --push-to-hub user/name too")
     tokenizer = load_tokenizer(arguments.tokenizer)
     vision_config = processor = None
+    is_published = False
     if arguments.vision_tower:
         vision_config = load_vision_config(arguments.vision_tower)
-        processor = build_processor(tokenizer, arguments.vision_tower, vision_config)
+        image_processor, is_published = load_image_processor(arguments.vision_tower, vision_config)
+        processor = build_processor(image_processor, tokenizer, vision_config)
 
     # ── What the file holds ──
     weights = read_native_weights(arguments.weights)
@@ -114,14 +117,18 @@ def convert(arguments: argparse.Namespace) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
     architecture = detect(shapes, options, weights.config, vision_config, processor.image_token_id if processor else None)
     print_table(f"Architecture of {arguments.weights}", architecture.rows)
-    check_fit(architecture, tokenizer, processor)
-
     table = native_table(architecture)
     audit = audit_tensors(
         weights, architecture, table, dict(empty_model(architecture.config).named_parameters(remove_duplicate=False))
     )
     report_audit(audit, weights)
     audit.raise_if_spoiled(arguments.weights)
+    check_fit(architecture, tokenizer, processor)
+    if processor is not None and is_published:
+        model_type = architecture.config.vision_config.model_type
+        warn(
+            f"{arguments.vision_tower} has no preprocessor_config.json: pictures are prepared as for the published {model_type}"
+        )
 
     # ── The model ──
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(weights, audit)
@@ -141,9 +148,7 @@ def convert(arguments: argparse.Namespace) -> None:
     # ── The folder ──
     name = arguments.push_to_hub or arguments.output.resolve().name
     with new_folder(arguments.output) as staging:
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
-        model.config.dtype = dtype  # not that of its first tensor, which is the encoder's
-        model.config.save_pretrained(staging)
+        save_model(model, staging, dtype)
         (processor or tokenizer).save_pretrained(staging)
         card = model_card(name, arguments.weights, model, architecture, audit, str(dtype).removeprefix("torch."))
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -181,34 +186,47 @@ def load_vision_config(source: str) -> PreTrainedConfig:
         raise ConversionError(
             f"--vision-tower {source}: no configuration can be loaded from there ({_first_line(error)})"
         ) from None
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    for field in ("image_size", "patch_size", "hidden_size"):
+        if not isinstance(getattr(config, field, None), int):
+            raise ConversionError(f"--vision-tower {source}: a {config.model_type} without one fixed {field} cannot be used")
+    return config
 
 
-def build_processor(tokenizer: PreTrainedTokenizerBase, source: str, vision_config: PreTrainedConfig) -> MiniMindVProcessor:
-    """The processor, with the encoder's own preprocessing.
+def load_image_processor(source: str, vision_config: PreTrainedConfig) -> tuple[BaseImageProcessor, bool]:
+    """The encoder's own preprocessing; where its folder has none, that of the published CLIP or SigLIP, and True.
 
     Raises:
-        ConversionError: the preprocessing is missing or does not fit the encoder, or the tokenizer cannot be used.
+        ConversionError: there is none, or it does not fit the encoder.
     """
     size = vision_config.image_size
+    is_published = False
     try:
         image_processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
+        is_published = True
         if vision_config.model_type == "clip_vision_model":
             image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         elif vision_config.model_type == "siglip_vision_model":
             image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
         else:
             raise ConversionError(f"--vision-tower {source}: it has no preprocessing ({_first_line(error)})") from None
-        warn(f"{source} has no preprocessor_config.json: pictures are prepared as for the published {vision_config.model_type}")
     blank = torch.zeros(3, size, size, dtype=torch.uint8)
     height, width = image_processor(blank, return_tensors="pt")["pixel_values"].shape[-2:]
     if (height, width) != (size, size):
         raise ConversionError(
             f"--vision-tower {source}: its preprocessing gives {height}x{width} pixels, its encoder wants {size}x{size}"
         )
+    return image_processor, is_published
+
+
+def build_processor(
+    image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, vision_config: PreTrainedConfig
+) -> MiniMindVProcessor:
+    """The processor, whose tokenizer has an image token. Raises ConversionError where it can have none."""
+    image_seq_length = (vision_config.image_size // vision_config.patch_size) ** 2
     try:
-        processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=(size // vision_config.patch_size) ** 2)
+        processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=image_seq_length)
     except ValueError as error:
         raise ConversionError(f"--tokenizer: {_first_line(error)}") from None
     check_image_token(tokenizer, processor)

@@ -14,9 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from convert.native_files import ConversionError
 
+
+MAX_SHARD_SIZE = "5GB"
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".gitattributes")
 
@@ -79,6 +82,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
+        for file in staging.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         if output.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
             output.rename(old)  # onto an empty folder
@@ -88,6 +93,13 @@ def new_folder(output: Path) -> Iterator[Path]:
             staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write model, configuration and code; the configuration says `dtype`, also where the encoder is stored in another."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    model.config.dtype = dtype  # transformers writes that of the first tensor, which is the encoder's
+    model.config.save_pretrained(folder)
 
 
 @contextmanager
@@ -129,7 +141,7 @@ def sample_inputs(config) -> dict[str, torch.Tensor]:
     text[text == config.image_token_id] = 0
     image = torch.full((1, config.image_seq_length), config.image_token_id)
     size = (1, vision.num_channels, vision.image_size, vision.image_size)
-    pixel_values = torch.randn(size, generator=generator)
+    pixel_values = torch.randn(size, generator=generator).mul(16).round() / 16  # which half precision holds exactly
     return {"input_ids": torch.cat((text[:, :6], image, text[:, 6:]), dim=1), "pixel_values": pixel_values}
 
 

@@ -29,15 +29,15 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.from_native import MAX_SHARD_SIZE
 from convert.native_files import ConversionError
 from convert.output import (
     check_output,
-    computing_in_float32,
     largest_difference,
     new_folder,
+    open_folder,
     run_in_fresh_process,
     sample_inputs,
+    save_model,
 )
 from convert.report import print_table, run
 from convert.to_native import load_config
@@ -75,12 +75,16 @@ def convert(arguments: argparse.Namespace) -> None:
     config = load_config(folder)
     has_eyes = isinstance(config, MiniMindVConfig)
     stock_config = stock_llava_config(config) if has_eyes else stock_text_config(config)
-    ours = (MiniMindVForConditionalGeneration if has_eyes else MiniMindForCausalLM).from_pretrained(folder, dtype="auto").eval()
-    stock = fill(stock_config, ours)
+    ours = (
+        (MiniMindVForConditionalGeneration if has_eyes else MiniMindForCausalLM)
+        .from_pretrained(folder, dtype=torch.float32)
+        .eval()
+    )
+    stock = fill(stock_config, ours, folder)
     stock.generation_config = ours.generation_config
 
     with new_folder(arguments.output) as staging:
-        stock.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        save_model(stock, staging, stock.lm_head.weight.dtype)
         if has_eyes:
             stock_processor(MiniMindVProcessor.from_pretrained(folder), stock_config).save_pretrained(staging)
         elif (folder / "tokenizer_config.json").is_file():
@@ -88,7 +92,7 @@ def convert(arguments: argparse.Namespace) -> None:
         difference = verify(ours, staging)
     counts = sum(parameter.numel() for parameter in stock.parameters())
     rows = [("model", type(stock).__name__), ("decoder", stock_config.get_text_config().model_type)]
-    rows += [("parameters", f"{counts / 1e6:.1f}M"), ("dtype", str(stock.dtype).removeprefix("torch."))]
+    rows += [("parameters", f"{counts / 1e6:.1f}M"), ("dtype", str(stock.lm_head.weight.dtype).removeprefix("torch."))]
     rows += [("checked", f"logits differ by {difference:.1e} at most, {NEW_TOKENS} greedy tokens are equal")]
     print_table(f"{folder} as a stock model", rows)
     print(f"\nWritten to {arguments.output}")
@@ -158,17 +162,21 @@ def stock_llava_config(config: MiniMindVConfig) -> LlavaConfig:
     )
 
 
-def fill(stock_config: PreTrainedConfig, ours: PreTrainedModel) -> PreTrainedModel:
-    """The stock model with our weights, which have the same names there."""
+def fill(stock_config: PreTrainedConfig, ours: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The stock model with our weights, which have the same names there, in the dtypes that the folder stores."""
     with init_empty_weights(include_buffers=False):
         is_llava = isinstance(stock_config, LlavaConfig)
         stock = LlavaForConditionalGeneration(stock_config) if is_llava else AutoModelForCausalLM.from_config(stock_config)
     state_dict = dict(ours.state_dict())
     if is_llava and ours.config.projector_num_layers == 1:
         width = stock_config.text_config.hidden_size
-        state_dict["model.multi_modal_projector.linear_2.weight"] = torch.eye(width, dtype=ours.dtype)
+        state_dict["model.multi_modal_projector.linear_2.weight"] = torch.eye(width)
         if stock_config.multimodal_projector_bias:
-            state_dict["model.multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=ours.dtype)
+            state_dict["model.multi_modal_projector.linear_2.bias"] = torch.zeros(width)
+    with open_folder(folder) as (names, tensor_of):
+        dtypes = {name: tensor_of(name).dtype for name in names}
+    default = dtypes[next(name for name in dtypes if name.endswith("embed_tokens.weight"))]
+    state_dict = {name: tensor.to(dtypes.get(name, default)) for name, tensor in state_dict.items()}
     stock.load_state_dict(state_dict, strict=True, assign=True)
     stock.tie_weights()
     return stock.eval()
@@ -176,6 +184,9 @@ def fill(stock_config: PreTrainedConfig, ours: PreTrainedModel) -> PreTrainedMod
 
 def stock_processor(processor: MiniMindVProcessor, config: LlavaConfig) -> LlavaProcessor:
     """LLaVA's processor, with our tokenizer and chat template."""
+    # The way to our code
+    processor.image_processor.__dict__.pop("auto_map", None)
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
     return LlavaProcessor(
         processor.image_processor,
         processor.tokenizer,
@@ -197,7 +208,7 @@ def verify(ours: PreTrainedModel, folder: Path) -> float:
         ConversionError: the folder does not load, or gives other logits or tokens.
     """
     inputs = sample_inputs(ours.config)
-    with torch.no_grad(), computing_in_float32(ours):
+    with torch.no_grad():
         logits = ours(**inputs).logits
         tokens = ours.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
     auto_class = "AutoModelForImageTextToText" if "pixel_values" in inputs else "AutoModelForCausalLM"
