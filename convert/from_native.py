@@ -117,6 +117,9 @@ def convert(arguments: argparse.Namespace) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
     architecture = detect(shapes, options, weights.config, vision_config, processor.image_token_id if processor else None)
     print_table(f"Architecture of {arguments.weights}", architecture.rows)
+    if architecture.has_projector and vision_config is None:
+        raise ConversionError("these weights have a projector, so they need their image encoder: pass --vision-tower")
+
     table = native_table(architecture)
     audit = audit_tensors(
         weights, architecture, table, dict(empty_model(architecture.config).named_parameters(remove_duplicate=False))
@@ -127,7 +130,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if processor is not None and is_published:
         model_type = architecture.config.vision_config.model_type
         warn(
-            f"{arguments.vision_tower} has no preprocessor_config.json: pictures are prepared as for the published {model_type}"
+            f"{arguments.vision_tower} has no preprocessor_config.json: pictures are prepared as the published {model_type} does"
         )
 
     # ── The model ──
@@ -298,7 +301,7 @@ def check_fit(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, pr
     """Compare the weights with tokenizer and encoder.
 
     Raises:
-        ConversionError: the tokenizer has another size, or there is a projector but no encoder.
+        ConversionError: the tokenizer has another size.
     """
     config = architecture.config
     vocab_size = config.get_text_config().vocab_size
@@ -308,8 +311,6 @@ def check_fit(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, pr
             "it is another model's"
         )
     if processor is None:
-        if architecture.has_projector:
-            raise ConversionError("these weights have a projector, so they need their image encoder: pass --vision-tower")
         return
     if len(processor.tokenizer) != vocab_size:
         raise ConversionError("--tokenizer has no image token, and no unreachable byte whose id could become one")

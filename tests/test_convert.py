@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image, make_tokenizer
+from conftest import make_image, make_image_processor, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_hub import run_isolated
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaProcessor
@@ -47,6 +47,7 @@ def sources(tmp_path_factory, tensors) -> Path:
         (folder / variant / "config.json").write_text(json.dumps(entry["vision_config"]))
         encoder = {name: tensors[key].clone() for name, key in entry["vision_tower"].items()}
         save_file(encoder, folder / variant / "model.safetensors", metadata={"format": "pt"})
+        make_image_processor(entry["vision_config"]["image_size"]).save_pretrained(folder / variant)
     return folder
 
 
@@ -62,17 +63,8 @@ def no_fresh_process(monkeypatch):
 
 def arguments(sources: Path, output: Path, variant: str = "g2-dense", weights: Path | None = None, *extra: str) -> list[str]:
     weights = weights or sources / variant / "sft_vlm_64.pth"
-    command = [
-        "--weights",
-        weights,
-        "--vision-tower",
-        sources / variant,
-        "--tokenizer",
-        sources / "tokenizer",
-        "--output",
-        output,
-    ]
-    return [*map(str, command), *VARIANTS[variant], *extra]
+    command = ["--weights", weights, "--vision-tower", sources / variant, "--tokenizer", sources / "tokenizer"]
+    return [*map(str, command), "--output", str(output), *VARIANTS[variant], *extra]
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -161,10 +153,8 @@ def test_image_token_takes_no_id_that_text_can_produce(sources, tmp_path, no_fre
     processor = MiniMindVProcessor.from_pretrained(tmp_path / "model")
     before, after = make_tokenizer().get_vocab(), processor.tokenizer.get_vocab()
     assert len(processor.tokenizer) == 320
-    assert {token: index for token, index in before.items() if token != "ÿ"} == {
-        t: i for t, i in after.items() if t != "<image>"
-    }
-    assert after["<image>"] == before["ÿ"]
+    assert after.pop("<image>") == before.pop("ÿ")
+    assert after == before
     every_character = "".join(chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000)
     assert processor.image_token_id not in processor.tokenizer(every_character)["input_ids"]
 
@@ -234,7 +224,7 @@ def test_native_folder_tells_what_a_file_cannot(sources, tensors, tmp_path, no_f
     assert "config.json says hidden_size=128, but the weights have 64" in capsys.readouterr().err
 
 
-def test_whole_clip_and_the_projector_that_joins_patches(sources, tensors, tmp_path, no_fresh_process):
+def test_whole_clip_and_the_projector_that_joins_patches(sources, tensors, tmp_path, no_fresh_process, capsys):
     """Only the vision half of a CLIP with both is taken; and minimind-3v of early April 2026 takes four patches at once."""
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=INDEX["g2-dense"]["vision_config"], projection_dim=16))
@@ -245,6 +235,9 @@ def test_whole_clip_and_the_projector_that_joins_patches(sources, tensors, tmp_p
     torch.save(native, tmp_path / "p16.pth")
     command = ["--weights", tmp_path / "p16.pth", "--vision-tower", tmp_path / "clip", "--tokenizer", sources / "tokenizer"]
     assert from_native.main([*map(str, command), "--output", str(tmp_path / "model")]) == 0
+    warnings = capsys.readouterr().err
+    assert "has no preprocessor_config.json" in warnings
+    assert "released with 64 vectors per picture, but this encoder gives 49" in warnings
     model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert (model.config.patches_per_token, model.config.image_seq_length) == (4, 49)
     assert MiniMindVProcessor.from_pretrained(tmp_path / "model").image_seq_length == 49
