@@ -128,9 +128,9 @@ def convert(arguments: argparse.Namespace) -> None:
     audit.raise_if_spoiled(arguments.weights)
     check_fit(architecture, tokenizer, processor)
     if processor is not None and is_published:
-        model_type = architecture.config.vision_config.model_type
+        published = architecture.config.vision_config.model_type
         warn(
-            f"{arguments.vision_tower} has no preprocessor_config.json: pictures are prepared as the published {model_type} does"
+            f"{arguments.vision_tower} has no preprocessor_config.json: pictures are prepared as for the published {published}"
         )
 
     # ── The model ──
