@@ -1,0 +1,136 @@
+"""Reading native MiniMind-V weights, without trusting them: `.pth` files, resume checkpoints and native folders.
+
+Nothing in a file is ever executed. What is not a native file is refused with the reason.
+"""
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+NATIVE_MODEL_TYPES = ("minimind", "minimind-v")
+"""The `model_type` of native folders. Ours is `minimind_v`."""
+
+
+class ConversionError(Exception):
+    """Why a conversion cannot be done, in one line for the person who asked for it."""
+
+
+@dataclass
+class NativeWeights:
+    """What a native file holds.
+
+    Args:
+        path: the file or folder.
+        tensors: the state dict, by native names.
+        config: config.json of a native folder.
+        other_entries: what a resume checkpoint holds besides the weights, by name.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    config: dict | None = None
+    other_entries: list[str] = field(default_factory=list)
+
+
+def read_native_weights(path: Path) -> NativeWeights:
+    """Read a `.pth` file, a resume checkpoint, or a folder with pytorch_model.bin and config.json.
+
+    Raises:
+        ConversionError: there is no such file, it is damaged or of another kind, or it wants to execute code.
+    """
+    config = None
+    file = path
+    if path.is_dir():
+        config = _read_native_config(path)
+        file = path / "pytorch_model.bin"
+    if not file.is_file():
+        raise ConversionError(f"there is no file {file}")
+    _check_kind(file)
+    content = _load(file)
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} holds a {type(content).__name__}, where a state dict was expected")
+    other_entries: list[str] = []
+    if isinstance(content.get("model"), dict):  # a resume checkpoint
+        other_entries = sorted(str(name) for name in content if name != "model")
+        content = content["model"]
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(f"{file} is no state dict: its entry {name!r} is a {type(value).__name__}, not a tensor")
+    if not content:
+        raise ConversionError(f"{file} holds no tensors")
+    return NativeWeights(path, content, config, other_entries)
+
+
+def _read_native_config(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{folder} is no native folder: it has no config.json (pass a .pth file by its full name)"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{folder / 'config.json'} is not valid JSON ({error})") from None
+    if model_type in ("minimind_v", "minimind_v_text"):
+        raise ConversionError(f"{folder} is converted already (model_type {model_type!r})")
+    if model_type not in NATIVE_MODEL_TYPES:
+        expected = " or ".join(map(repr, NATIVE_MODEL_TYPES))
+        raise ConversionError(f"{folder} is no native folder: its config.json has model_type {model_type!r}, not {expected}")
+    return config
+
+
+def _check_kind(file: Path) -> None:
+    """Refuse by their first bytes files of which torch would only say that it cannot read them."""
+    with open(file, "rb") as stream:
+        head = stream.read(64)
+    if not head:
+        raise ConversionError(f"{file} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
+        raise ConversionError(f"{file} is a safetensors file, where a native .pth file was expected")
+    if head.startswith(b"PK"):
+        _check_zip(file)
+    elif not head.startswith(b"\x80"):  # the old format is a bare pickle
+        raise ConversionError(f"{file} is not a PyTorch checkpoint (it begins with {head[:16]!r})")
+
+
+def _check_zip(file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.split("/", 1)[-1] for name in archive.namelist()}
+            if "data.pkl" not in names:
+                raise ConversionError(f"{file} is a zip archive, but not a PyTorch checkpoint")
+            if "constants.pkl" in names:
+                raise ConversionError(f"{file} is a TorchScript program, where a state dict was expected")
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ConversionError(f"{file} is truncated or damaged ({error}): fetch it again") from None
+    if damaged is not None:
+        raise ConversionError(f"{file} is damaged: the checksum of {damaged} does not fit. Fetch it again")
+
+
+def _load(file: Path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Not mapped into memory: this way each tensor can be let go of as soon as it is converted
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise ConversionError(
+                f"{file} was refused: its pickle wants to call {wanted[1]}, but weights need no code of their own. "
+                "Nothing of it was executed"
+            ) from None
+        raise ConversionError(f"{file} is not a PyTorch checkpoint, or is damaged") from None
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise ConversionError(f"{file} is truncated or damaged ({reason[0][:120] if reason else 'unexpected end'})") from None

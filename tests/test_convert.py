@@ -1,0 +1,548 @@
+"""Native weights to the Hub and back: nothing is lost, nothing is guessed, and what is wrong is said in one line."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image, make_image_processor, make_tokenizer
+from safetensors.torch import load_file, save_file
+from test_hub import run_isolated
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaProcessor
+
+from convert import from_native, to_llava, to_native
+from convert.from_native import verify
+from convert.native_files import ConversionError
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
+
+
+GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
+INDEX = json.loads((GOLDENS / "index.json").read_text())
+CONVERT = Path(__file__).parents[1] / "convert"
+VARIANTS = {variant: ["--num-attention-heads", "4"] for variant in INDEX}
+VARIANTS["g2-yarn"] += ["--inference-rope-scaling", "--max-position-embeddings", "4096"]
+VARIANTS["g3-yarn"] += ["--inference-rope-scaling", "--max-position-embeddings", "4096"]
+VARIANTS["g3-moe"] += ["--num-experts-per-tok", "2"]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(GOLDENS / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, tensors) -> Path:
+    """Per variant a native file and an encoder, and a tokenizer of 320 ids for all of them."""
+    folder = tmp_path_factory.mktemp("sources")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    for variant, entry in INDEX.items():
+        (folder / variant).mkdir()
+        torch.save(native_weights(tensors, variant), folder / variant / "sft_vlm_64.pth")
+        (folder / variant / "config.json").write_text(json.dumps(entry["vision_config"]))
+        encoder = {name: tensors[key].clone() for name, key in entry["vision_tower"].items()}
+        save_file(encoder, folder / variant / "model.safetensors", metadata={"format": "pt"})
+        make_image_processor(entry["vision_config"]["image_size"]).save_pretrained(folder / variant)
+    return folder
+
+
+def native_weights(tensors, variant: str) -> dict[str, torch.Tensor]:
+    return {name: tensors[key].clone() for name, key in INDEX[variant]["weights"].items()}
+
+
+@pytest.fixture
+def no_fresh_process(monkeypatch):
+    """Leave out the process that loads a written folder, which other tests go through."""
+    monkeypatch.setattr(from_native, "verify", lambda model, folder: 0.0)
+
+
+def arguments(sources: Path, output: Path, variant: str = "g2-dense", weights: Path | None = None, *extra: str) -> list[str]:
+    weights = weights or sources / variant / "sft_vlm_64.pth"
+    command = ["--weights", weights, "--vision-tower", sources / variant, "--tokenizer", sources / "tokenizer"]
+    return [*map(str, command), "--output", str(output), *VARIANTS[variant], *extra]
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype
+        and first[name].shape == second[name].shape
+        and torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8))
+        for name in first
+    )
+
+
+# ── There and back ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_to_ours_to_native(variant, sources, tensors, tmp_path, no_fresh_process):
+    assert from_native.main(arguments(sources, tmp_path / "model", variant)) == 0
+    model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    expected = {name: tensors[key] for name, key in INDEX[variant]["expected"].items()}
+    for case in ("single", "text_only"):
+        input_ids = expected[f"{case}.input_ids"].clone()
+        input_ids[input_ids == (12 if variant.startswith("g3") else 34)] = model.config.image_token_id
+        with torch.no_grad():
+            logits = model(input_ids, pixel_values=expected.get(f"{case}.pixel_values")).logits
+        logits = logits[:, expected[f"{case}.logits_positions"]]
+        torch.testing.assert_close(logits, expected[f"{case}.logits"], atol=5e-5, rtol=0)
+
+    assert to_native.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert same_bits(back, native_weights(tensors, variant))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_and_the_encoder_keeps_its_bits(dtype, sources, tensors, tmp_path, no_fresh_process):
+    native = {name: tensor.to(dtype) for name, tensor in native_weights(tensors, "g1-dense").items()}
+    torch.save(native, tmp_path / "half.pth")
+    assert from_native.main(arguments(sources, tmp_path / "model", "g1-dense", tmp_path / "half.pth")) == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if "vision_tower" in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in stored.items() if "vision_tower" not in name} == {dtype}
+    assert {p.dtype for p in MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").parameters()} == {dtype}
+    assert to_native.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")]) == 0
+    assert same_bits(torch.load(tmp_path / "back.pth", weights_only=True), native)
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "wide.pth"), "--dtype", "float32"]
+    assert to_native.main(command) == 0
+    assert {tensor.dtype for tensor in torch.load(tmp_path / "wide.pth", weights_only=True).values()} == {torch.float32}
+
+
+def test_dtype_casts_everything(sources, tmp_path, no_fresh_process):
+    assert from_native.main(arguments(sources, tmp_path / "model", "g2-dense", None, "--dtype", "bfloat16")) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+# ── What a user gets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_command_line_folder_and_the_snippet_of_its_card(sources, tmp_path):
+    """The whole way, as a user goes it: no package on the path, and the card's own code run in a bare process."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, CONVERT / "from_native.py", *arguments(sources, tmp_path / "MyModel")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"num_attention_heads +4 +--num-attention-heads", done.stdout)
+    assert re.search(r"max_position_embeddings +32768 +published default", done.stdout)
+    assert re.search(r"used +32", done.stdout)
+    assert "its logits differ by 0.0e+00" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["MyModel"]  # nothing temporary is left
+
+    folder = tmp_path / "MyModel"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    expected = {"do_sample": True, "temperature": 0.65, "top_p": 0.85, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
+    assert expected.items() <= generation.items()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for line in ("license: apache-2.0", "library_name: transformers", "pipeline_tag: image-text-to-text", "- zh", "- en"):
+        assert line in card.split("---")[1].splitlines()
+    assert "| projector | 2,112 |" in card
+    assert "none is unknown, missing or misshapen" in card
+    make_image().save(tmp_path / "photo.jpg")
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    run_isolated(snippet.replace("max_new_tokens=128", "max_new_tokens=4"), home=tmp_path)
+
+
+def test_image_token_takes_no_id_that_text_can_produce(sources, tmp_path, no_fresh_process):
+    assert from_native.main(arguments(sources, tmp_path / "model")) == 0
+    processor = MiniMindVProcessor.from_pretrained(tmp_path / "model")
+    before, after = make_tokenizer().get_vocab(), processor.tokenizer.get_vocab()
+    assert len(processor.tokenizer) == 320
+    assert after.pop("<image>") == before.pop("ÿ")
+    assert after == before
+    every_character = "".join(chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000)
+    assert processor.image_token_id not in processor.tokenizer(every_character)["input_ids"]
+
+
+def test_language_model_weights_give_a_fresh_projector_and_say_so(sources, tensors, tmp_path, no_fresh_process, capsys):
+    for variant in ("g2-dense", "g3-dense"):
+        native = {name: t for name, t in native_weights(tensors, variant).items() if not name.startswith("vision_proj.")}
+        torch.save(native, tmp_path / "llm_64.pth")
+        assert from_native.main(arguments(sources, tmp_path / variant, variant, tmp_path / "llm_64.pth")) == 0
+        assert "projector is freshly initialised" in capsys.readouterr().err
+        assert "projector is freshly initialised" in (tmp_path / variant / "README.md").read_text(encoding="utf-8")
+        stored = load_file(tmp_path / variant / "model.safetensors")
+        projector = {name: tensor for name, tensor in stored.items() if "multi_modal_projector" in name}
+        assert len(projector) == (2 if variant == "g2-dense" else 6)
+        assert all(tensor.isfinite().all() for tensor in projector.values())
+        assert 0.01 < projector["model.multi_modal_projector.linear_1.weight"].std() < 0.03
+
+
+def test_resume_checkpoint_with_the_encoder_inside(sources, tensors, tmp_path, no_fresh_process, capsys):
+    native = native_weights(tensors, "g2-dense")
+    inside = {f"vision_encoder.vision_model.{name}": tensors[key] for name, key in INDEX["g2-dense"]["vision_tower"].items()}
+    inside = {name.replace("vision_model.vision_model.", "vision_model."): tensor.clone() for name, tensor in inside.items()}
+    extra = {
+        "vision_encoder.logit_scale": torch.ones(()),
+        "model.freqs_cos": torch.ones(8, 8),
+        "layers.0.attention.mask": torch.ones(1),
+    }
+    training = {
+        "optimizer": {"state": {}, "param_groups": []},
+        "scaler": {"scale": 2.0},
+        "epoch": 1,
+        "step": 7,
+        "world_size": 2,
+    }
+    torch.save({"model": native | inside | extra, **training}, tmp_path / "resume.pth")
+    command = arguments(sources, tmp_path / "model", "g2-dense", tmp_path / "resume.pth")
+    assert from_native.main(command) == 0
+    output = capsys.readouterr().out
+    assert "epoch, optimizer, scaler, step, world_size" in output
+    assert re.search(rf"ignored +{len(inside) + 1} +the frozen encoder", output)
+    assert re.search(r"ignored +2 +a buffer", output)
+
+    inside["vision_encoder.vision_model.post_layernorm.weight"] += 1
+    torch.save({"model": native | inside, **training}, tmp_path / "resume.pth")
+    assert from_native.main([*command, "--overwrite"]) == 2
+    assert "differs from --vision-tower in 1 of" in capsys.readouterr().err
+
+
+def test_native_folder_tells_what_a_file_cannot(sources, tensors, tmp_path, no_fresh_process, capsys):
+    folder = tmp_path / "native"
+    folder.mkdir()
+    torch.save(native_weights(tensors, "g2-moe"), folder / "pytorch_model.bin")
+    native_config = {"model_type": "minimind-v", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    native_config |= {"num_key_value_heads": 2, "num_experts_per_tok": 1, "max_position_embeddings": 4096}
+    native_config |= {"inference_rope_scaling": True, "vocab_size": 320, "rms_norm_eps": 1e-4, "aux_loss_alpha": 0.1}
+    (folder / "config.json").write_text(json.dumps(native_config))
+    command = ["--weights", folder, "--vision-tower", sources / "g2-moe", "--tokenizer", sources / "tokenizer"]
+    command = [*map(str, command), "--output", str(tmp_path / "model")]
+    assert from_native.main(command) == 0
+    text = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]
+    assert (text["num_attention_heads"], text["num_experts_per_tok"], text["rms_norm_eps"]) == (4, 1, 1e-4)
+    assert (text["rope_parameters"]["rope_type"], text["rope_parameters"]["factor"]) == ("yarn", 16)
+    assert text["router_aux_loss_coef"] == 0.1
+
+    (folder / "config.json").write_text(json.dumps(native_config | {"hidden_size": 128}))
+    assert from_native.main([*command, "--overwrite"]) == 2
+    assert "config.json says hidden_size=128, but the weights have 64" in capsys.readouterr().err
+
+
+def test_whole_clip_and_the_projector_that_joins_patches(sources, tensors, tmp_path, no_fresh_process, capsys):
+    """Only the vision half of a CLIP with both is taken; and minimind-3v of early April 2026 takes four patches at once."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=INDEX["g2-dense"]["vision_config"], projection_dim=16))
+    clip.save_pretrained(tmp_path / "clip")
+    native = {name: t for name, t in native_weights(tensors, "g3-dense").items() if not name.startswith("vision_proj.")}
+    native |= {"vision_proj.mlp.0.weight": torch.randn(64, 128), "vision_proj.mlp.0.bias": torch.randn(64)}
+    native |= {"vision_proj.mlp.2.weight": torch.randn(64, 64), "vision_proj.mlp.2.bias": torch.randn(64)}
+    torch.save(native, tmp_path / "p16.pth")
+    command = ["--weights", tmp_path / "p16.pth", "--vision-tower", tmp_path / "clip", "--tokenizer", sources / "tokenizer"]
+    assert from_native.main([*map(str, command), "--output", str(tmp_path / "model")]) == 0
+    warnings = capsys.readouterr().err
+    assert "has no preprocessor_config.json" in warnings
+    assert "released with 64 vectors per picture, but this encoder gives 49" in warnings
+    model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert (model.config.patches_per_token, model.config.image_seq_length) == (4, 49)
+    assert MiniMindVProcessor.from_pretrained(tmp_path / "model").image_seq_length == 49
+    assert not any("text_model" in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    for name, tensor in clip.vision_model.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name.removeprefix("vision_model.")], tensor), name
+    assert to_native.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")]) == 0
+    assert same_bits(torch.load(tmp_path / "back.pth", weights_only=True), native)
+
+
+# ── What can be wrong ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Attack:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def rename(native, old, new):
+    native[new] = native.pop(old)
+
+
+SPOILED = {
+    "renamed": (lambda n: rename(n, "model.norm.weight", "model.final_norm.weight"), "renamed"),
+    "missing": (lambda n: n.pop("model.layers.1.mlp.up_proj.weight"), "layer 1"),
+    "missing bias": (lambda n: n.pop("vision_proj.vision_proj.0.bias"), "every release has weight and bias"),
+    "unknown": (lambda n: n.update(extra=torch.ones(2)), "1 unknown"),
+    "transposed": (
+        lambda n: n.update({"model.layers.0.mlp.up_proj.weight": n["model.layers.0.mlp.up_proj.weight"].T}),
+        "transposed",
+    ),
+    "transposed embedding": (lambda n: n.update({"model.embed_tokens.weight": n["model.embed_tokens.weight"].T}), "transposed"),
+    "another width": (lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(64, 48)}), "check --vision-tower"),
+    "another size": (lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(48, 32)}), "another size"),
+    "integers": (lambda n: n.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "quantised"),
+    "untied": (lambda n: n.update({"lm_head.weight": n["lm_head.weight"] + 1}), "does not share its embeddings"),
+    "projector alone": (lambda n: [n.pop(name) for name in list(n) if "vision_proj" not in name], "a projector alone"),
+    "wrapped": (lambda n: [rename(n, name, f"module.{name}") for name in list(n)], "DistributedDataParallel"),
+    "not a tensor": (lambda n: n.update(step=3), "is a int, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_spoiled_weights_stop_with_the_likely_cause(spoil, sources, tensors, tmp_path, capsys):
+    native = native_weights(tensors, "g2-dense")
+    change, cause = SPOILED[spoil]
+    change(native)
+    torch.save(native, tmp_path / "spoiled.pth")
+    assert from_native.main(arguments(sources, tmp_path / "model", "g2-dense", tmp_path / "spoiled.pth")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert cause in message
+    assert [path.name for path in tmp_path.iterdir()] == ["spoiled.pth"]
+
+
+def write_file(path: Path, kind: str, tmp_path: Path, good: bytes) -> None:
+    if kind == "a pickle that executes":
+        torch.save({"model.norm.weight": Attack(f"touch {tmp_path / 'executed'}")}, path)
+    elif kind == "an old pickle that executes":
+        path.write_bytes(pickle.dumps(Attack(f"touch {tmp_path / 'executed'}"), protocol=2))
+    elif kind == "a damaged byte":
+        path.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
+    elif kind == "another zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "no weights")
+    elif kind == "safetensors":
+        save_file({"model.norm.weight": torch.ones(2)}, path)
+    elif kind == "a native folder without weights":
+        path.mkdir()
+        (path / "config.json").write_text('{"model_type": "minimind-v"}')
+    elif kind == "another model's folder":
+        path.mkdir()
+        (path / "config.json").write_text('{"model_type": "llama"}')
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a list":
+        torch.save([torch.ones(2)], path)
+    else:
+        path.write_bytes({"truncated": good[: len(good) // 2], "empty": b"", "text": b"hello"}[kind])
+
+
+FILES = {
+    "a pickle that executes": "system, but weights need no code",
+    "an old pickle that executes": "system, but weights need no code",
+    "truncated": "truncated or damaged",
+    "a damaged byte": "checksum",
+    "empty": "is empty",
+    "text": "not a PyTorch checkpoint",
+    "another zip": "a zip archive, but not a PyTorch checkpoint",
+    "safetensors": "is a safetensors file",
+    "a folder": "no config.json",
+    "a native folder without weights": "pytorch_model.bin",
+    "another model's folder": "model_type 'llama'",
+    "a list": "holds a list",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_are_no_native_weights(kind, sources, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    write_file(path, kind, tmp_path, (sources / "g2-dense" / "sft_vlm_64.pth").read_bytes())
+    assert from_native.main(arguments(sources, tmp_path / "model", "g2-dense", path)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert FILES[kind] in message
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+
+
+def test_options_that_do_not_fit(sources, tmp_path, capsys):
+    def message(*command: str) -> str:
+        assert from_native.main(list(command)) == 2
+        return capsys.readouterr().err
+
+    output = tmp_path / "model"
+    good = arguments(sources, output)
+    make_tokenizer(300).save_pretrained(tmp_path / "small")
+    assert "320 rows" in message(*good, "--tokenizer", str(tmp_path / "small"))
+    assert "no tokenizer can be loaded" in message(*good, "--tokenizer", str(tmp_path / "nothing"))
+    assert "no configuration can be loaded" in message(*good, "--vision-tower", str(tmp_path / "nothing"))
+    assert "do not split into 7 heads" in message(*good, "--num-attention-heads", "7")
+    assert "dense model" in message(*good, "--num-experts-per-tok", "2")
+    assert "no effect" in message(*good, "--inference-rope-scaling", "--max-position-embeddings", "2048")
+    assert "weights have 4" in message(*arguments(sources, output, "g3-dense", None, "--num-attention-heads", "8"))
+    assert "has no YaRN" in message(*arguments(sources, output, "g1-dense", None, "--inference-rope-scaling"))
+    assert "--push-to-hub" in message(*good, "--private")
+    assert "there is no file" in message(*good, "--weights", str(tmp_path / "nothing.pth"))
+    without_tower = [*good[:2], *good[4:]]
+    assert "pass --vision-tower" in message(*without_tower)
+    assert not output.exists()
+
+
+def test_nan_is_converted_and_reported(sources, tensors, tmp_path, no_fresh_process, capsys):
+    native = native_weights(tensors, "g2-dense")
+    native["model.layers.1.mlp.up_proj.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    torch.save(native, tmp_path / "nan.pth")
+    assert from_native.main(arguments(sources, tmp_path / "model", "g2-dense", tmp_path / "nan.pth")) == 0
+    assert "NaN or infinite weights in model.layers.1.mlp.up_proj.weight (3 of 12,288 values)" in capsys.readouterr().err
+    assert "NaN or infinite weights" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert to_native.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")]) == 0
+    assert same_bits(torch.load(tmp_path / "back.pth", weights_only=True), native)
+
+
+def test_overwrite_replaces_model_folders_only(sources, tmp_path, no_fresh_process, capsys):
+    output = tmp_path / "model"
+    command = arguments(sources, output)
+    output.mkdir()  # empty is fine
+    assert from_native.main(command) == 0
+    capsys.readouterr()
+    (output / "old.json").write_text("{}")
+    assert from_native.main(command) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert from_native.main([*command, "--overwrite"]) == 0
+    assert not (output / "old.json").exists()
+    (output / "thesis.odt").write_text("precious")
+    assert from_native.main([*command, "--overwrite"]) == 2
+    assert "it holds thesis.odt" in capsys.readouterr().err
+    assert (output / "thesis.odt").read_text() == "precious"
+    for taken in (sources, sources / "g2-dense"):
+        assert from_native.main([*arguments(sources, taken), "--overwrite"]) == 2
+        assert "is or holds the input" in capsys.readouterr().err
+
+
+def test_failure_while_writing_leaves_what_was_there(sources, tmp_path, monkeypatch, capsys):
+    def fail(model, folder):
+        raise ConversionError("the written folder gives other logits")
+
+    monkeypatch.setattr(from_native, "verify", fail)
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    assert from_native.main([*arguments(sources, output), "--overwrite"]) == 2
+    assert "other logits" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_gives_other_logits_is_noticed(sources, tmp_path, no_fresh_process):
+    assert from_native.main(arguments(sources, tmp_path / "model")) == 0
+    model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    stored["model.language_model.norm.weight"] *= 1.01
+    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="other logits"):
+        verify(model, tmp_path / "model")
+
+
+# ── The Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_push_without_a_hub_leaves_a_complete_folder(sources, tmp_path, no_fresh_process, monkeypatch, capsys):
+    class Unreachable:
+        def whoami(self):
+            raise ConnectionError("no network")
+
+        create_repo = upload_folder = lambda self, *args, **kwargs: self.whoami()
+
+    monkeypatch.setattr(from_native, "HfApi", Unreachable)
+    assert from_native.main(arguments(sources, tmp_path / "model", "g2-dense", None, "--push-to-hub", "me/mine")) == 2
+    first, *_, last = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith("warning: the Hub cannot be written to now (no network)")
+    assert last.startswith("error: ")
+    assert "is complete, but was not uploaded (no network)" in last
+    assert MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").num_parameters() > 100_000
+    assert from_native.main(arguments(sources, tmp_path / "two", "g2-dense", None, "--push-to-hub", "a/b/c")) == 2
+    assert not (tmp_path / "two").exists()
+
+
+def test_push_creates_the_repository_and_uploads(sources, tmp_path, no_fresh_process, monkeypatch):
+    calls = []
+
+    class Hub:
+        def whoami(self):
+            return {"name": "me"}
+
+        def create_repo(self, repo_id, **kwargs):
+            calls.append(("create", repo_id, kwargs["private"]))
+            return f"hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(from_native, "HfApi", Hub)
+    command = arguments(sources, tmp_path / "model", "g2-dense", None, "--push-to-hub", "me/mine", "--private")
+    assert from_native.main(command) == 0
+    assert calls[0] == ("create", "me/mine", True)
+    assert calls[1][:2] == ("upload", "me/mine")
+    assert {"README.md", "config.json", "model.safetensors", "modeling_minimind_v.py"} <= set(calls[1][2])
+    assert 'name = "me/mine"' in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+# ── Stock models ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_llava_answers_alike_without_our_code(sources, tmp_path, no_fresh_process):
+    assert from_native.main(arguments(sources, tmp_path / "ours")) == 0
+    # This one goes through a fresh process
+    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava")]) == 0
+    assert not list((tmp_path / "llava").glob("*.py"))
+    assert not any("auto_map" in path.read_text() for path in (tmp_path / "llava").glob("*.json"))
+    ours = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava").eval()
+    assert type(stock).__name__ == "LlavaForConditionalGeneration"
+    messages = [{"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What?"}]}]
+    inputs = {}
+    for name, processor_class in (("ours", MiniMindVProcessor), ("llava", LlavaProcessor)):
+        processor = processor_class.from_pretrained(tmp_path / name)
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs[name] = processor.apply_chat_template(messages, **options)
+    assert inputs["ours"]["input_ids"].tolist() == inputs["llava"]["input_ids"].tolist()
+    torch.testing.assert_close(inputs["ours"]["pixel_values"], inputs["llava"]["pixel_values"], atol=0, rtol=0)
+    with torch.no_grad():
+        expected, logits = ours(**inputs["ours"]).logits, stock(**inputs["llava"]).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "reason"), [("g2-moe", "shared expert"), ("g3-dense", "LayerNorm")])
+def test_llava_refuses_what_it_cannot_hold(variant, reason, sources, tmp_path, no_fresh_process, capsys):
+    assert from_native.main(arguments(sources, tmp_path / "ours", variant)) == 0
+    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava")]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "llava").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "stock"),
+    [("g2-dense", "LlamaForCausalLM"), ("g3-dense", "Qwen3ForCausalLM"), ("g3-moe", "Qwen3MoeForCausalLM")],
+)
+def test_language_models_as_stock_models(variant, stock, sources, tensors, tmp_path, no_fresh_process, monkeypatch):
+    native = {name: t for name, t in native_weights(tensors, variant).items() if not name.startswith("vision_proj.")}
+    torch.save(native, tmp_path / "llm_64.pth")
+    command = arguments(sources, tmp_path / "ours", variant, tmp_path / "llm_64.pth")
+    assert from_native.main([*command[:2], *command[4:]]) == 0  # without --vision-tower
+    assert "pipeline_tag: text-generation" in (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
+    if variant != "g3-moe":
+        monkeypatch.setattr(to_llava, "verify", lambda ours, folder: 0.0)
+    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "stock")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    assert type(model).__name__ == stock
+    ours = MiniMindForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids).logits, ours(input_ids).logits, atol=1e-5, rtol=0)
+    assert to_native.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "back.pth")]) == 0
+    assert same_bits(torch.load(tmp_path / "back.pth", weights_only=True), native)
+
+
+def test_way_back_refuses(sources, tmp_path, no_fresh_process, capsys):
+    def message(model: Path, output: Path) -> str:
+        assert to_native.main(["--model", str(model), "--output", str(output)]) == 2
+        return capsys.readouterr().err
+
+    assert from_native.main(arguments(sources, tmp_path / "model")) == 0
+    capsys.readouterr()
+    (tmp_path / "there.pth").write_text("precious")
+    assert "there already" in message(tmp_path / "model", tmp_path / "there.pth")
+    assert (tmp_path / "there.pth").read_text() == "precious"
+    assert "holds a 'clip_vision_model' model" in message(sources / "g2-dense", tmp_path / "back.pth")
+    assert "no config.json" in message(tmp_path / "nothing", tmp_path / "back.pth")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    del stored["model.language_model.norm.weight"]
+    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert "does not hold the model of its config.json" in message(tmp_path / "model", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
