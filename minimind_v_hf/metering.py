@@ -96,8 +96,8 @@ class StepMeter:
     def start(self) -> None:
         """Start the clock, unless it runs."""
         if not self._rate:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision, self._model.dtype)
-            self._rate = matmul_rate(self._accelerator.device, dtype)
+            precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
+            self._rate = matmul_rate(self._accelerator.device, precision or self._model.dtype or torch.float32)
             self._flops = training_flops(self._model)
         if self._started is None:
             self._started = time.perf_counter()

@@ -125,6 +125,8 @@ def parse_arguments(stage: dict[str, Any], description: str | None) -> tuple[Run
         values["lr_scheduler_kwargs"] = None
     if values["fp16"]:
         values["bf16"] = False
+    if values["ddp_find_unused_parameters"] is None:
+        values["ddp_find_unused_parameters"] = values["trainable"] == "all"  # an encoder's last layers may be of no use
     try:
         run, args = parser.parse_dict(values)
         _check(run, args)

@@ -36,9 +36,9 @@ _FONTS = (
 )
 
 
-def _fonts() -> dict[str, list[str]]:
+def _fonts() -> list[str]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    return {"font.family": [name for name in (*_FONTS, "DejaVu Sans") if name in installed]}
+    return [name for name in (*_FONTS, "DejaVu Sans") if name in installed]
 
 
 # ── Answers to held-out questions ────────────────────────────────────────────────────────────────────────────────────
@@ -75,9 +75,10 @@ def draw_answers(rows: list[dict[str, Any]], answers: list[str], path: Path, col
         return textwrap.fill(f"{label} {textwrap.shorten(text, 120, placeholder=' …')}", 34)
 
     lines = -(-len(rows) // columns)
-    with rc_context(_fonts()):
+    with rc_context({"font.family": _fonts()}):
         figure = Figure(figsize=(columns * 2.8, lines * 3.6), layout="constrained")
-        for axis in (axes := figure.subplots(lines, columns, squeeze=False).flat):
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for axis in axes:
             axis.axis("off")
         for axis, row, given in zip(axes, rows, answers, strict=False):
             if row["images"]:

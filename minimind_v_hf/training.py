@@ -196,6 +196,10 @@ class MiniMindVTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All of them, as native has it; `Trainer` would spare biases and norms."""
+        return [name for name, _ in model.named_parameters()]
+
     # ── Data ──
 
     def get_train_dataloader(self):
@@ -249,7 +253,7 @@ class MiniMindVTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        if resume_from_checkpoint:
+        if isinstance(resume_from_checkpoint, str):
             self._keep_batch_size(resume_from_checkpoint)
             self._logged_step = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
         if self.args.should_save:
@@ -339,10 +343,22 @@ class MiniMindVTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if self._saving_to and self._encoder and self.args.should_save and self.model is self._bare_model():
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
+        model = self._bare_model()
+        if self.model is not model:  # an adapter: peft saves that alone
+            super()._save(output_dir, state_dict)
+            return
+        if self._saving_to and self._encoder and self.args.should_save:
+            state_dict = model.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(ENCODER)}
-        super()._save(output_dir, state_dict)
+        if state_dict is not None and model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
+        # FSDP gives the model a class of its own, whose code would be copied into the folder instead of ours
+        wrapped = type(model)
+        model.__class__ = next(base for base in wrapped.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = wrapped
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         run = json.loads((Path(resume_from_checkpoint) / RUN_FILE).read_text(encoding="utf-8"))
