@@ -597,17 +597,23 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """Encode images and project them into the decoder's embedding space.
 
         Args:
-            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it.
+            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it. N may be
+                0, as in a batch of text alone.
 
         Returns:
             The encoder's output, with the projected images (N, P, D) as `pooler_output`.
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.flatten(0, 1)
+        num_images = len(pixel_values)
+        if num_images == 0:
+            # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
+            # encoded, and its vectors are left out again
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
         # Class and register tokens come before the patches; CLIP has one, SigLIP none
         num_patches = self.config.image_seq_length * self.config.patches_per_token
-        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:, -num_patches:])
+        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:num_images, -num_patches:])
         return outputs
 
     def get_placeholder_mask(
