@@ -650,19 +650,25 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """Encode images and project them into the decoder's embedding space.
 
         Args:
-            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it.
+            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it. N may be
+                0, as in a batch of text alone.
 
         Returns:
             The encoder's output, with the projected images (N, P, D) as `pooler_output`.
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.flatten(0, 1)
+        num_images = len(pixel_values)
+        if num_images == 0:
+            # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
+            # encoded, and its vectors are left out again
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         learns = pixel_values.requires_grad or _is_trainable(self.vision_tower)
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
         # Class and register tokens come before the patches; CLIP has one, SigLIP none
         num_patches = self.config.image_seq_length * self.config.patches_per_token
-        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:, -num_patches:])
+        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:num_images, -num_patches:])
         return outputs
 
     def get_placeholder_mask(
@@ -720,12 +726,11 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        if pixel_values is None and image_outputs is None and self.training and _is_trainable(self.multi_modal_projector):
+            # Also a batch of text alone passes through the projector, whose gradients parallel engines wait for
+            pixel_values = inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        elif self.training and image_outputs is None and _is_trainable(self.multi_modal_projector):
-            # A batch without pictures leaves no parameter out, for which a parallel engine would wait
-            blank = inputs_embeds.new_zeros(1, 3, *[self.config.vision_config.image_size] * 2)
-            inputs_embeds = inputs_embeds + 0 * self.get_image_features(blank, return_dict=True).pooler_output.sum()
         image_features = None
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
