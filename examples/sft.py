@@ -11,8 +11,7 @@ Stopped or killed, the same command goes on from the last complete checkpoint. T
 """
 
 from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.data import load_conversations, tokenize_conversations
-from minimind_v_hf.recipe import checkpoint_to_resume, load_start, parse_arguments
+from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import MiniMindVTrainer, freeze, parameter_table
 
@@ -37,22 +36,19 @@ def main() -> None:
         print(parameter_table(model))
 
     # ── Data ──
-    with args.main_process_first(desc="reading the data"):
-        train_set = tokenize_conversations(load_conversations(run.data_files[0], run.image_folder), processor)
-        held_out = load_conversations(run.eval_files[0], run.image_folder) if run.eval_files else None
-        eval_set = tokenize_conversations(held_out, processor) if held_out else None
+    data = load_data(run, args, processor)
 
     # ── Training ──
     trainer = MiniMindVTrainer(
         model=model,
         args=args,
-        data_collator=MiniMindVCollator(processor),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
+        data_collator=MiniMindVCollator(processor, uint8_pixels=True),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         processing_class=processor,
-        callbacks=[SampleSheet(list(held_out.take(run.samples)), processor)] if held_out else None,
+        callbacks=[SampleSheet(data.held_out_conversations.take(run.samples), processor)] if data.held_out else None,
         save_encoder=run.save_encoder,
-        data_counts={"training samples": len(train_set), "held-out samples": len(eval_set) if eval_set else None},
+        data_counts=data.reports,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -24,7 +24,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_minimind_v import MiniMindVConfig
+from .data import DataReport, load_conversations, tokenize_conversations
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
+from .packing import pack
 from .processing_minimind_v import MiniMindVProcessor
 from .training import TRAINABLE
 
@@ -56,6 +58,19 @@ class RunArguments:
         default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
     )
     max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its pictures; longer ones are cut."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Fill rows of --max_length with several samples each: no padding, and more samples in a step."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training data as it is used; needs --max_steps."})
+    strict: bool = field(default=False, metadata={"help": "Stop at rows that would be repaired or dropped."})
+    max_dropped: float = field(default=0.01, metadata={"help": "Share of rows that may be dropped before the run is refused."})
+    random_system: float = field(
+        default=0.0, metadata={"help": "Probability of a random system message where there is none (minimind-3v: 0.2)."}
+    )
+    drop_empty_thinking: float = field(
+        default=0.0, metadata={"help": "Probability of leaving empty thinking blocks out (minimind-3v: 0.8)."}
+    )
     samples: int = field(
         default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of pictures with the answers."}
     )
@@ -94,14 +109,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     pass
 
 
-def parse_arguments(stage: dict[str, Any], description: str | None) -> tuple[RunArguments, TrainingArguments]:
+def parse_arguments(stage: dict[str, Any], description: str | None, *others: type, training: type = TrainingArguments) -> tuple:
     """Read the command line of a training script: an optional YAML or JSON file first, then flags, which win over the file.
 
     Args:
         stage: defaults of this stage, for fields of `RunArguments` and `TrainingArguments`, over `native_recipe()`.
         description: for `--help`.
+        others: more dataclasses, with fields of the script's own.
+        training: a subclass of `TrainingArguments`, in its stead.
+
+    Returns:
+        `RunArguments`, `TrainingArguments`, and one of each of the others.
     """
-    parser = HfArgumentParser((RunArguments, TrainingArguments), description=description, formatter_class=_HelpFormatter)
+    kinds = (RunArguments, training, *others)
+    # A subclass may have fields that RunArguments has too, as TRL's: both are told
+    parser = HfArgumentParser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
     parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
     known = {action.dest for action in parser._actions}
     defaults = native_recipe() | stage
@@ -128,11 +150,11 @@ def parse_arguments(stage: dict[str, Any], description: str | None) -> tuple[Run
     if values["ddp_find_unused_parameters"] is None:
         values["ddp_find_unused_parameters"] = values["trainable"] == "all"  # an encoder's last layers may be of no use
     try:
-        run, args = parser.parse_dict(values)
+        run, args, *more = parser.parse_dict(values)
         _check(run, args)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    return run, args
+    return run, args, *more
 
 
 def _check(run: RunArguments, args: TrainingArguments) -> None:
@@ -145,8 +167,45 @@ def _check(run: RunArguments, args: TrainingArguments) -> None:
         raise ValueError("Give the training data with --data_files, and the folder of its pictures with --image_folder.")
     if run.trainable not in TRAINABLE:
         raise ValueError(f"trainable={run.trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    if run.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
     if not run.eval_files and args.eval_strategy != "no":
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_files: the held-out data.")
+
+
+@dataclass
+class TrainingData:
+    """What a training script reads: rows for the Trainer, held-out rows, and what was counted on the way."""
+
+    train: Any
+    held_out: Any = None
+    held_out_conversations: Any = None
+    reports: dict[str, DataReport] = field(default_factory=dict)
+
+
+def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVProcessor) -> TrainingData:
+    """Read, mend, count and tokenise the training and the held-out data, once for all processes, and pack on demand."""
+    data = TrainingData(train=None, reports={"training": DataReport()})
+    checks: dict[str, Any] = {"strict": run.strict, "max_dropped": run.max_dropped}
+    augmentations: dict[str, Any] = {
+        "random_system": run.random_system,
+        "drop_empty_thinking": run.drop_empty_thinking,
+        "seed": args.seed,
+    }
+    with args.main_process_first(desc="reading the data"):
+        report = data.reports["training"]
+        rows = load_conversations(run.data_files, run.image_folder, streaming=run.streaming, report=report, **checks)
+        data.train = tokenize_conversations(rows, processor, run.max_length, report=report, **augmentations)
+        if run.eval_files:
+            report = data.reports["held out"] = DataReport()
+            data.held_out_conversations = load_conversations(run.eval_files, run.image_folder, report=report, **checks)
+            data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
+    if run.packing:
+        data.train = pack(data.train, run.max_length, args.seed)
+    if args.should_log:
+        for name, report in data.reports.items():
+            print(f"{name}: {report}")
+    return data
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

@@ -4,6 +4,8 @@ Needs matplotlib, from the extra `train`.
 """
 
 import textwrap
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +74,12 @@ def draw_answers(rows: list[dict[str, Any]], answers: list[str], path: Path, col
     """Draw a sheet of pictures, each under its question and over the model's answer and the right one, as a PNG file."""
 
     def shorten(text: str, label: str) -> str:
+        text = "".join(character if character.isprintable() else " " for character in text)
         return textwrap.fill(f"{label} {textwrap.shorten(text, 120, placeholder=' …')}", 34)
 
     lines = -(-len(rows) // columns)
-    with rc_context({"font.family": _fonts()}):
+    with rc_context({"font.family": _fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(columns * 2.8, lines * 3.6), layout="constrained")
         axes = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axis in axes:
@@ -85,9 +89,9 @@ def draw_answers(rows: list[dict[str, Any]], answers: list[str], path: Path, col
                 axis.imshow(load_image(row["images"][0]))
             *_, question, right = (message["content"] for message in row["conversations"])
             question = question.replace(IMAGE_PLACEHOLDER, "").strip()
-            axis.set_title(shorten(question, "?"), fontsize=8, loc="left")
+            axis.set_title(shorten(question, "?"), fontsize=8, loc="left", parse_math=False)
             text = f"{shorten(given, 'model:')}\n{shorten(right, 'right:')}"
-            axis.text(0, -0.03, text, transform=axis.transAxes, va="top", fontsize=8)
+            axis.text(0, -0.03, text, transform=axis.transAxes, va="top", fontsize=8, parse_math=False)
         FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -99,7 +103,7 @@ class SampleSheet(TrainerCallback):
         processor: of the model.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], processor: MiniMindVProcessor):
+    def __init__(self, rows: Iterable[dict[str, Any]], processor: MiniMindVProcessor):
         self.rows = [row for row in rows if row["conversations"][-1]["role"] == "assistant"]
         self.processor = processor
 
@@ -163,7 +167,7 @@ model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=
 {results}
 
 ![Loss and learning rate by step](curves.png)
-"""
+{sheet}"""
 
 
 def _table(rows: dict[str, Any]) -> str:
@@ -192,12 +196,14 @@ def write_model_card(trainer: "MiniMindVTrainer") -> None:
         "loss on held-out data": f"{last['eval_loss']:.4f}" if "eval_loss" in last else None,
         "training time": f"{last['train_runtime']:.0f} s" if "train_runtime" in last else None,
     }
+    sheets = sorted((folder / "samples").glob("step-*.png"))
     content = _CARD.format(
         name=args.hub_model_id or folder.name,
         recipe=_table(recipe),
         parameters=parameter_table(trainer._bare_model()),
-        data=_table(trainer.data_counts),
+        data="\n\n".join(f"{name}:\n\n```\n{counts}\n```" for name, counts in trainer.data_counts.items()) or "Not recorded.",
         results=_table(results),
+        sheet=f"\n![Answers to held-out questions](samples/{sheets[-1].name})\n" if sheets else "",
     )
     data = ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=["minimind-v", "vision"])
     unfinished = folder / "README.md.part"

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .collator import PixelNormalizer
 from .metering import StepMeter, is_frozen
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
 
@@ -167,7 +168,7 @@ class MiniMindVTrainer(Trainer):
 
     Args:
         save_encoder: write a frozen encoder into intermediate checkpoints too.
-        data_counts: for the model card, what the training data holds: `{"training rows": 595000, …}`.
+        data_counts: for the model card, what was read, as `DataReport`s by name.
 
     Raises:
         ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted.
@@ -208,6 +209,13 @@ class MiniMindVTrainer(Trainer):
             dataloader.dataset.drop_last = True  # it would fill the last batches with rows that were seen already
         return dataloader
 
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and not pixels.is_floating_point():
+            inputs["pixel_values"] = PixelNormalizer(self.processing_class.image_processor).to(pixels.device)(pixels)
+        return inputs
+
     # ── Loss and metrics ──
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -215,8 +223,9 @@ class MiniMindVTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "use_cache": False}
         if model.training or self.compute_metrics is None:
-            inputs = {**inputs, "skip_logits": True}
+            inputs["skip_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             aux_loss = outputs.get("aux_loss")
