@@ -10,8 +10,7 @@ Flags may stand in a YAML or JSON file, which comes first; several cards need a 
 Stopped or killed, the same command goes on from the last complete checkpoint. The defaults are MiniMind-V's own recipe.
 """
 
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, parse_arguments
+from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import MiniMindVTrainer, freeze, parameter_table
 
@@ -42,7 +41,7 @@ def main() -> None:
     trainer = MiniMindVTrainer(
         model=model,
         args=args,
-        data_collator=MiniMindVCollator(processor, uint8_pixels=True),
+        data_collator=make_collator(run, args, processor, model, data),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,

@@ -666,10 +666,13 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         learns = pixel_values.requires_grad or _is_trainable(self.vision_tower)
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        outputs.pooler_output = self._project(outputs.last_hidden_state[:num_images])
+        return outputs
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # Class and register tokens come before the patches; CLIP has one, SigLIP none
         num_patches = self.config.image_seq_length * self.config.patches_per_token
-        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:num_images, -num_patches:])
-        return outputs
+        return self.multi_modal_projector(hidden_states[:, -num_patches:])  # (N, P, D)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
@@ -713,7 +716,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         Args:
             pixel_values: the images of the whole batch in the order of their placeholders, (N, 3, height, width).
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, for images that are already encoded.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, for images that are already encoded; without a
+                `pooler_output`, its `last_hidden_state` is projected first.
 
         Raises:
             ValueError: images and placeholders do not match in number.
@@ -734,6 +738,10 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         image_features = None
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
+            if image_features is None:
+                image_features = self._project(
+                    image_outputs.last_hidden_state.to(self.multi_modal_projector.linear_1.weight.dtype)
+                )
             if not isinstance(image_features, torch.Tensor):
                 image_features = torch.stack(tuple(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)  # (N, P, D)
