@@ -8,6 +8,8 @@ well, 1 if there are problems, and 2 if the command itself is wrong.
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -92,16 +94,19 @@ def check(
     digests: dict[bytes, str] = {}
     rows = ((f"{file}, {place}", row) for file in files for place, row in read_rows(file))
     progress = tqdm(total=sum(map(_count_rows, files)), unit=" rows", desc="Checking")
-    with multiprocessing.Pool(num_proc) as pool:
+    # One process is this one
+    with contextlib.nullcontext() if num_proc == 1 else multiprocessing.Pool(num_proc) as pool:
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
             parsed = list(_parse(chunk, store, findings))
             names = {source for _, row in parsed for source in row.images if isinstance(source, str)}
             inside = [(where, source) for where, row in parsed for source in row.images if isinstance(source, bytes)]
             sources = [(name, name) for name in sorted(names - seen)] + inside
-            inspected = pool.starmap_async(_inspect, [(source, store) for _, source in sources], chunksize=16)
+            inspect = functools.partial(_inspect, store=store)
+            pictures = [source for _, source in sources]
+            inspected = map(inspect, pictures) if pool is None else pool.imap(inspect, pictures, chunksize=16)
             _measure([row for _, row in parsed], encode, max_lengths or [], findings)  # meanwhile
             seen |= names
-            for (label, _), (problem, digest) in zip(sources, inspected.get(), strict=True):
+            for (label, _), (problem, digest) in zip(sources, inspected, strict=True):
                 if problem is not None:
                     bad[label] = problem
                 elif digests.setdefault(digest, label) != label:

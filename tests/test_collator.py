@@ -170,13 +170,13 @@ def test_packing_loses_nothing_and_wastes_little():
 
 
 def test_packed_data_sets(dataset):
-    packed = pack(dataset, 100)
+    packed = pack(dataset, 140)
     rows = [packed[i] for i in range(len(packed))]
-    streamed = list(pack(dataset.to_iterable_dataset(), 100))
+    streamed = list(pack(dataset.to_iterable_dataset(), 140))
     for found in (rows, streamed):
         samples = [sample for row in found for sample in row["samples"]]
         assert sorted(samples, key=str) == sorted(dataset, key=str)
-        assert all(sum(sample["length"] for sample in row["samples"]) <= 100 for row in found)
+        assert all(sum(sample["length"] for sample in row["samples"]) <= 140 for row in found)
         assert len(found) < len(dataset)
     assert packed[-1] == rows[-1]
     with pytest.raises(IndexError):
@@ -184,13 +184,20 @@ def test_packed_data_sets(dataset):
 
 
 def test_stock_trainers_group_by_length(dataset, processor, tmp_path):
-    arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, train_sampling_strategy="group_by_length", remove_unused_columns=False
-    )
-    trainer = Trainer(make_model(), arguments, train_dataset=dataset, data_collator=MiniMindVCollator(processor))
-    batches = list(trainer.get_train_dataloader())
-    shortest = sorted(dataset["length"])
-    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [shortest[1], shortest[3]]
+    def mixed_batches(strategy: str) -> int:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            train_sampling_strategy=strategy,
+            remove_unused_columns=False,
+            use_cpu=True,
+        )
+        rows = dataset.select([2, 1] * 40)
+        trainer = Trainer(make_model(), arguments, train_dataset=rows, data_collator=MiniMindVCollator(processor))
+        return sum(not batch["attention_mask"].all() for batch in trainer.get_train_dataloader())
+
+    assert mixed_batches("random") > 10
+    assert mixed_batches("group_by_length") < 5
 
 
 # ── Pixels ──
@@ -205,9 +212,8 @@ def test_bytes_normalised_on_the_device_are_the_processors_pixels(dataset, sigli
     sample = dataset[0] | {"images": [jpeg((50, 31)), jpeg((20, 20))]}
     pixels = MiniMindVCollator(processor, uint8_pixels=True)([sample])["pixel_values"]
     assert pixels.dtype == torch.uint8
-    expected = processor(
-        text="<image><image>", images=[Image.open(io.BytesIO(f)) for f in sample["images"]], return_tensors="pt"
-    )
+    pictures = [Image.open(io.BytesIO(file)) for file in sample["images"]]
+    expected = processor(text="<image><image>", images=pictures, return_tensors="pt")
     normalize = PixelNormalizer(image_processor)
     torch.testing.assert_close(normalize(pixels), expected["pixel_values"], rtol=0, atol=1e-6)
     assert torch.equal(normalize(expected["pixel_values"]), expected["pixel_values"])
