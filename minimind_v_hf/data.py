@@ -152,18 +152,19 @@ def load_conversations(
             kept.append(index)
             images += row["num_images"]
             continue
-        message = f"{dataset[index]['where']}: {row['reason']}"
-        if strict or row["problem"] == "outside":
-            raise ValueError(message)
+        refused = strict or row["problem"] == "outside"
+        if refused or len(examples) < 5:
+            examples.append(f"{dataset[index]['where']}: {row['reason']}")
+        if refused:
+            raise ValueError(examples[-1])
         dropped[f"{row['problem']} image"] += 1
-        examples += [message] if len(examples) < 5 else []
     _check_share(len(dataset) - len(kept), len(dataset), max_dropped, examples)
 
-    repaired = Counter({text: _count_nonzero(dataset, column) for column, text in REPAIRS.items()})
+    repaired = +Counter({text: _count_nonzero(dataset, column) for column, text in REPAIRS.items()})  # + drops the zeros
     report.rows += len(dataset)
     report.kept += len(kept)
     report.images += images
-    report.repaired.update(+repaired)  # those that are not zero
+    report.repaired.update(repaired)
     report.dropped.update(dropped)
     report.examples += examples
     logger.log(logging.WARNING if repaired or dropped else logging.INFO, f"Read {report}")
@@ -315,6 +316,8 @@ def _check_share(dropped: int, rows: int, max_dropped: float, examples: list[str
 def _signature(dataset: Dataset) -> str:
     """Changes when any of the image files does; looks at sizes and times alone."""
     digest = hashlib.sha256()
+    if "binary" in str(dataset.features["images"]):
+        return ""  # the data set holds the pictures
     for batch in dataset.select_columns(["images"]).iter(batch_size=10_000):
         for source in {source for sources in batch["images"] for source in sources if isinstance(source, str)}:
             path = source.rpartition("::")[2]
