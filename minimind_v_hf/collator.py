@@ -26,7 +26,7 @@ class PixelNormalizer(nn.Module):
     def __init__(self, image_processor: Any):
         super().__init__()
         factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
-        mean, std = ((image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else (0.0, 1.0))
+        mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else (0.0, 1.0)
         std = torch.as_tensor(std, dtype=torch.float64).expand(3)
         mean = torch.as_tensor(mean, dtype=torch.float64).expand(3)
         self.register_buffer("scale", (factor / std).float().view(3, 1, 1), persistent=False)
@@ -60,7 +60,8 @@ class MiniMindVCollator:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: expected a positive integer.")
         self._normalize = PixelNormalizer(self.processor.image_processor)
-        self._image_size = tuple(self._resize([Image.new("RGB", (8, 8))]).shape[-2:])
+        height, width = self._resize([Image.new("RGB", (8, 8))]).shape[-2:]
+        self._image_size = height, width
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows with `input_ids`, `labels` and `images`, or with `samples`, a list of such.
@@ -70,13 +71,13 @@ class MiniMindVCollator:
             * `pixel_values` (images in the whole batch, 3, height, width), none in a batch of text alone: its shape
               then begins with 0.
             * `attention_mask` (rows, longest row); or, if a row is packed, `position_ids` instead, which begin at 0 with
-              each sample and with the padding. From these transformers makes a mask that keeps samples apart, as long as
-              the model gets no cache (`use_cache=False`). Flash attention reads them in batches of one row only.
+              each sample and with the padding. From these transformers makes a mask that keeps samples apart (of another
+              decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only.
 
         Raises:
             ValueError: a picture cannot be read.
         """
-        groups = [row["samples"] if "samples" in row else [row] for row in rows]
+        groups = [row.get("samples", [row]) for row in rows]
         length = max(sum(len(sample["input_ids"]) for sample in group) for group in groups)
         length += -length % (self.pad_to_multiple_of or 1)
         shape = (len(groups), length)
@@ -99,8 +100,8 @@ class MiniMindVCollator:
         packed = any("samples" in row for row in rows)
         batch = {"input_ids": input_ids, "labels": labels}
         batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
-        images = [read_image(source, max(self._image_size)) for group in groups for sample in group for source in sample["images"]]
-        pixel_values = self._resize(images)
+        sources = [source for group in groups for sample in group for source in sample["images"]]
+        pixel_values = self._resize([read_image(source, max(self._image_size)) for source in sources])
         return {
             **{name: torch.from_numpy(array) for name, array in batch.items()},
             "pixel_values": pixel_values if self.uint8_pixels else self._normalize(pixel_values),

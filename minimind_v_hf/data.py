@@ -3,6 +3,8 @@
     load_conversations      JSONL, Parquet, Hub  ──►  conversations, images
     tokenize_conversations                       ──►  input_ids, labels, images, length
 
+`rows.py` understands a row, `images.py` a picture.
+
 Both are `datasets` maps: their results are cached on disk, memory-mapped, and made again when a file changes. The pictures
 themselves stay where they are; `collator.py` decodes them batch by batch. What is wrong with a data set as a whole, the
 command of `check.py` says:
@@ -10,15 +12,13 @@ command of `check.py` says:
     python -m minimind_v_hf.data check train.jsonl --images images
 """
 
-import glob
 import hashlib
-import io
-import json
 import os
 import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image as PILImage
 from transformers.utils import logging
 
 from .images import ImageStore, find_problem, open_image_store
-from .processing_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER, MiniMindVProcessor
+from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from .rows import REPAIRS, RowError, find_files, parse_row, read_rows
 
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 """The label of a position from which nothing is learned."""
-
-ROLES = ("system", "user", "assistant")
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant that can see.",
@@ -82,188 +80,6 @@ class DataReport:
         for title, counts in (("repaired", self.repaired), ("dropped", self.dropped)):
             lines += [f"  {title:<9}{count:>9,}  {what}" for what, count in counts.items()]
         return "\n".join(lines + [f"    {example}" for example in self.examples])
-
-
-# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class RowError(ValueError):
-    """A row that cannot be understood. `kind` is "json", "format", "role" or "path"."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass
-class Row:
-    """A conversation as training wants it: contents are strings, with one `<image>` per picture.
-
-    Args:
-        conversations: `{"role", "content"}` of each message.
-        images: paths, `zip://` references or encoded bytes, in the order of their placeholders.
-        removed_placeholders: how many `<image>` had no picture.
-        added_placeholders: how many pictures had no `<image>`.
-        stand_ins: how many black pictures stood in for none.
-    """
-
-    conversations: list[dict[str, str]]
-    images: list[str] | list[bytes]
-    removed_placeholders: int = 0
-    added_placeholders: int = 0
-    stand_ins: int = 0
-
-
-REPAIRS = {
-    "removed_placeholders": f"{IMAGE_PLACEHOLDER} without an image: the last ones were removed",
-    "added_placeholders": f"images without {IMAGE_PLACEHOLDER}: put at the front",
-    "stand_ins": "text rows with a black picture of 8x8: it was left out",
-}
-
-
-def parse_row(row: Any, store: ImageStore | None) -> Row:
-    """Understand a row in any of the formats, and make its placeholders match its images.
-
-    Args:
-        row: has `conversations` or `messages` (a list, or a JSON string of it), and may have `image`, `images` or
-            `image_bytes`: names, separated by commas or in a list, or encoded bytes.
-        store: what names of images are relative to.
-
-    Raises:
-        RowError: the row is of another form, or an image's name leads out of the folder.
-    """
-    if not isinstance(row, dict):
-        raise RowError("format", f"expected an object with the key 'conversations', got {type(row).__name__}")
-    messages = row.get("conversations", row.get("messages"))
-    if messages is None:
-        keys = ", ".join(map(repr, row)) or "none"
-        raise RowError("format", f"expected the key 'conversations' or 'messages', got the keys {keys}")
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except ValueError as error:
-            raise RowError("json", f"'conversations' is a string, but not of JSON: {error}") from error
-    if not isinstance(messages, list) or not messages:
-        raise RowError("format", "expected a list of messages, and at least one")
-
-    inline: list[Any] = []
-    conversations = [_parse_message(message, inline) for message in messages]
-    sources = next((row[key] for key in ("image", "images", "image_bytes") if row.get(key) is not None), [])
-    if isinstance(sources, str):
-        sources = [name.strip() for name in sources.split(",") if name.strip()]
-    sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
-    if inline and sources:
-        raise RowError("format", "the row names images both inside its messages and in a column of their own")
-    images: list[Any] = [_parse_source(source, store) for source in inline or sources]
-
-    placeholders = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in conversations)
-    result = Row(conversations, images)
-    if not placeholders and images and all(_is_stand_in(image) for image in images):
-        result.images, result.stand_ins = [], len(images)
-    elif placeholders > len(images):
-        result.removed_placeholders = placeholders - len(images)
-        left = len(images)
-        for message in conversations:
-            pieces = message["content"].split(IMAGE_PLACEHOLDER)
-            kept, left = min(left, len(pieces) - 1), max(0, left - (len(pieces) - 1))
-            message["content"] = IMAGE_PLACEHOLDER.join(pieces[: kept + 1]) + "".join(pieces[kept + 1 :])
-    elif placeholders < len(images):
-        result.added_placeholders = len(images) - placeholders
-        first = next((message for message in conversations if message["role"] == "user"), conversations[0])
-        first["content"] = IMAGE_PLACEHOLDER * result.added_placeholders + "\n" + first["content"]
-        # Those that had a placeholder keep it
-        result.images = images[placeholders:] + images[:placeholders]
-    return result
-
-
-def _parse_message(message: Any, inline: list[Any]) -> dict[str, str]:
-    """A message with a string as its content. Pictures that it holds itself are added to `inline`."""
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise RowError("format", f"expected messages with 'role' and 'content', got {str(message)[:100]}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise RowError("role", f"unknown role {role!r}: expected {', '.join(ROLES)}")
-    if isinstance(content, list):
-        pieces = []
-        for item in content:
-            kind = item.get("type") if isinstance(item, dict) else None
-            if kind == "text" and isinstance(item.get("text"), str):
-                # In a list, <image> in a text is text: the chat template marks it so too
-                pieces.append(item["text"].replace(IMAGE_PLACEHOLDER, f"<{CONTROL_MARK}image>"))
-            elif kind == "image":
-                pieces.append(IMAGE_PLACEHOLDER)
-                inline.extend(item[key] for key in ("image", "path") if item.get(key) is not None)
-            else:
-                raise RowError("format", f"expected content of type 'text' or 'image', got {str(item)[:100]}")
-        content = "".join(pieces)
-    if not isinstance(content, str):
-        raise RowError("format", f"expected a string or a list as content, got {type(content).__name__}")
-    thoughts = message.get("reasoning_content")
-    if role == "assistant" and isinstance(thoughts, str) and thoughts:
-        content = f"<think>\n{thoughts}\n</think>\n\n{content}"
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("format", f"the text holds half a surrogate pair, which is no character ({error})") from error
-    return {"role": role, "content": content}
-
-
-def _parse_source(source: Any, store: ImageStore | None) -> str | bytes:
-    if isinstance(source, dict):  # as `datasets` keeps an image that is not decoded
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, bytes):
-        return source
-    if not isinstance(source, str):
-        raise RowError("format", f"expected images as file names or bytes, got {type(source).__name__}")
-    if store is None:
-        raise RowError("format", f"the row names the image {source!r}, but no image folder was given: pass image_folder")
-    try:
-        return store.resolve(source)
-    except ValueError as error:
-        raise RowError("path", str(error)) from error
-
-
-def _is_stand_in(image: str | bytes) -> bool:
-    """Whether this is the black picture of 8x8 that text-only rows in Parquet files carry."""
-    if not isinstance(image, bytes) or len(image) > 2048:
-        return False
-    try:
-        with PILImage.open(io.BytesIO(image)) as picture:
-            return picture.size == (8, 8) and picture.convert("L").getextrema()[1] <= 4
-    except OSError:
-        return False
-
-
-def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL or Parquet file, one by one.
-
-    Yields:
-        Where the row is ("line 7", or "row 7" of a Parquet file; both count from 1) and the row, or a `RowError` in its
-        place if the line is not JSON. Empty lines are passed over.
-
-    Raises:
-        ValueError: the Parquet file is damaged.
-    """
-    if os.fspath(path).endswith(".parquet"):
-        try:
-            with pq.ParquetFile(path) as file:
-                number = 0
-                for batch in file.iter_batches(batch_size=256):
-                    for number, row in enumerate(batch.to_pylist(), start=number + 1):
-                        yield f"row {number}", row
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: the Parquet file is damaged ({error})") from error
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                hint = "; a row must be one object on one line" if line.strip() in (b"{", b"[") else ""
-                row = RowError("json", f"the line is not valid JSON ({error}{hint})")
-            yield f"line {number}", row
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -318,8 +134,6 @@ def load_conversations(
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_Sieve(store, strict, max_dropped)).select_columns(["conversations", "images"])
 
-    if not len(dataset):
-        raise ValueError(f"There are no rows in {data_files}.")
     problems = dataset.select_columns(["images"]).map(
         _find_problems,
         batched=True,
@@ -330,24 +144,27 @@ def load_conversations(
         num_proc=num_proc or _processes(len(dataset)),
         desc="Looking at the images",
     )
-    kept, examples, dropped, images = [], [], Counter[str](), 0
+    kept: list[int] = []
+    examples: list[str] = []
+    dropped, images = Counter[str](), 0
     for index, row in enumerate(problems):
         if row["problem"] is None:
             kept.append(index)
             images += row["num_images"]
             continue
-        message = f"{dataset[index]['where']}: {row['reason']}"
-        if strict or row["problem"] == "outside":
-            raise ValueError(message)
+        refused = strict or row["problem"] == "outside"
+        if refused or len(examples) < 5:
+            examples.append(f"{dataset[index]['where']}: {row['reason']}")
+        if refused:
+            raise ValueError(examples[-1])
         dropped[f"{row['problem']} image"] += 1
-        examples += [message] if len(examples) < 5 else []
     _check_share(len(dataset) - len(kept), len(dataset), max_dropped, examples)
 
-    repaired = Counter({text: _count_nonzero(dataset, column) for column, text in REPAIRS.items()})
+    repaired = +Counter({text: _count_nonzero(dataset, column) for column, text in REPAIRS.items()})  # + drops the zeros
     report.rows += len(dataset)
     report.kept += len(kept)
     report.images += images
-    report.repaired.update(+repaired)  # those that are not zero
+    report.repaired.update(repaired)
     report.dropped.update(dropped)
     report.examples += examples
     logger.log(logging.WARNING if repaired or dropped else logging.INFO, f"Read {report}")
@@ -363,10 +180,9 @@ def _read(data_files, store: ImageStore | None, streaming: bool, strict: bool, s
     if len(names) == 1 and (os.path.isdir(names[0]) or (is_hub_id and not re.search(r"\.(jsonl?|parquet)$", names[0]))):
         return _read_hub(names[0], store, streaming, strict, split)
 
-    files = [path for name in names for path in ([name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True)))]
-    for name in names:
-        if not os.path.isfile(name) and not glob.glob(name, recursive=True):
-            raise FileNotFoundError(f"There is no data file {name!r}.")
+    files = find_files(names)
+    if not any(True for file in files for _ in read_rows(file)):
+        raise ValueError(f"There are no rows in {', '.join(names)}.")
     kinds = {_holds_pictures(file) for file in files}
     if len(kinds) > 1:
         raise ValueError("Some of the data files hold pictures and others name them: load and concatenate them apart.")
@@ -394,6 +210,7 @@ def _read_hub(name: str, store: ImageStore | None, streaming: bool, strict: bool
         pictures_inside = pictures_inside or (column == "image_bytes")
 
     def parse(row: dict[str, Any], index: int) -> dict[str, Any]:
+        row = dict(row)
         for column, value in row.items():
             if pictures_inside and column in ("image", "images"):
                 row[column] = [_embed(picture) for picture in (value if isinstance(value, list) else [value]) if picture]
@@ -458,7 +275,7 @@ def _parse_strictly(row: Any, where: str, store: ImageStore | None, strict: bool
 def _find_problems(batch: dict[str, list], store: ImageStore | None, state: Any) -> dict[str, list]:
     """The first problem of each row's pictures. `state` is what else the result depends on, for the cache."""
     found = {source: find_problem(source, store) for sources in batch["images"] for source in sources}
-    rows = [next((found[source] for source in sources if found[source]), (None, None)) for sources in batch["images"]]
+    rows = [next(filter(None, map(found.get, sources)), (None, None)) for sources in batch["images"]]
     return {
         "problem": [problem for problem, _ in rows],
         "reason": [reason for _, reason in rows],
@@ -499,6 +316,8 @@ def _check_share(dropped: int, rows: int, max_dropped: float, examples: list[str
 def _signature(dataset: Dataset) -> str:
     """Changes when any of the image files does; looks at sizes and times alone."""
     digest = hashlib.sha256()
+    if "binary" in str(dataset.features["images"]):
+        return ""  # the data set holds the pictures
     for batch in dataset.select_columns(["images"]).iter(batch_size=10_000):
         for source in {source for sources in batch["images"] for source in sources if isinstance(source, str)}:
             path = source.rpartition("::")[2]
@@ -567,6 +386,16 @@ def tokenize_conversations(
     if max_length is not None and max_length <= processor.image_seq_length:
         raise ValueError(f"max_length={max_length}: an image alone takes {processor.image_seq_length} tokens.")
     encode = ConversationEncoder(processor)
+    features = Features(
+        {
+            "input_ids": [Value("int32")],
+            "labels": [Value("int32")],
+            "images": dataset.features["images"],
+            "length": Value("int32"),
+            "num_images": Value("int32"),
+            "outcome": Value("string"),
+        }
+    )
 
     def tokenize(batch: dict[str, list], indices: list[int], version: int) -> dict[str, list]:
         draws = [random.Random(f"{seed} {index}") for index in indices]
@@ -577,25 +406,17 @@ def tokenize_conversations(
             for draw, messages in zip(draws, batch["conversations"], strict=True)
         ]
         without_blocks = [draw.random() < drop_empty_thinking for draw in draws]
-        rows: dict[str, list] = {"input_ids": [], "labels": [], "images": [], "length": [], "outcome": []}
+        rows: dict[str, list] = {column: [] for column in features}
         for sample, images in zip(encode(conversations, without_blocks), batch["images"], strict=True):
             sample, outcome = sample.fit(max_length)
             rows["input_ids"].append(sample.input_ids)
             rows["labels"].append(sample.labels)
             rows["images"].append(images[: sample.is_image.sum()])
+            rows["num_images"].append(len(rows["images"][-1]))
             rows["length"].append(len(sample.input_ids))
             rows["outcome"].append(outcome)
         return rows
 
-    features = Features(
-        {
-            "input_ids": [Value("int32")],
-            "labels": [Value("int32")],
-            "images": dataset.features["images"],
-            "length": Value("int32"),
-            "outcome": Value("string"),
-        }
-    )
     options: dict[str, Any] = {
         "batched": True,
         "with_indices": True,
@@ -605,7 +426,7 @@ def tokenize_conversations(
     }
     if isinstance(dataset, IterableDataset):
         kept = dataset.map(tokenize, batch_size=64, **options).filter(_is_kept, input_columns=["outcome"])
-        return kept.remove_columns(["outcome"])
+        return kept.remove_columns(["outcome", "num_images"])
 
     num_proc = num_proc or _processes(len(dataset))
     tokenized = dataset.map(tokenize, num_proc=num_proc, desc="Tokenising", **options)
@@ -621,10 +442,10 @@ def tokenize_conversations(
         tokenized = tokenized.filter(_is_kept, input_columns=["outcome"], desc="Dropping rows that do not fit")
     if report is not None:
         report.kept = len(tokenized)
-        report.images = sum(len(images) for batch in tokenized.select_columns(["images"]).iter(1000) for images in batch["images"])
+        report.images = sum(sum(batch["num_images"]) for batch in tokenized.select_columns(["num_images"]).iter(10_000))
         report.repaired.update({CUT: outcomes[CUT]} if outcomes[CUT] else {})
         report.dropped.update(dropped)
-    return tokenized.remove_columns(["outcome"])
+    return tokenized.remove_columns(["outcome", "num_images"])
 
 
 def _is_kept(outcome: str) -> bool:
@@ -679,7 +500,9 @@ class ConversationEncoder:
         self.tokenizer, self.chat_template = processor.tokenizer, processor.chat_template
         self.image_token_id, self.image_seq_length = processor.image_token_id, processor.image_seq_length
 
-    def __call__(self, conversations: list[list[dict[str, str]]], drop_empty_thinking: list[bool] | None = None) -> list[Sample]:
+    def __call__(
+        self, conversations: list[list[dict[str, str]]], drop_empty_thinking: list[bool] | None = None
+    ) -> list[Sample]:
         """Encode conversations; of those marked in `drop_empty_thinking`, without their empty `<think>` blocks."""
         drop_empty_thinking = drop_empty_thinking or [False] * len(conversations)
         samples: list[Any] = [None] * len(conversations)
@@ -702,4 +525,4 @@ class ConversationEncoder:
 if __name__ == "__main__":
     from .check import main
 
-    main()
+    sys.exit(main())

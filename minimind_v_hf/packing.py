@@ -35,6 +35,7 @@ def group_by_fit(lengths: Sequence[int], max_length: int, seed: int = 0) -> list
     groups: list[list[int]] = []
     rooms: list[int] = []  # how much room rows have left, each value once, ascending
     rows_with_room: dict[int, list[list[int]]] = {}
+    group: list[int]
     for index in order.tolist():
         length = lengths[index]
         place = bisect_left(rooms, length)
