@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrup
 def launch(home, output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py"):
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     command += [*map(str, before), str(ROOT / "examples" / script), str(home / "recipe.json"), "--output_dir", str(output_dir)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.run(
@@ -572,6 +572,7 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
     parts.config.save_pretrained(tmp_path / "config")
     make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
     parts.model.vision_tower.save_pretrained(tmp_path / "encoder")
+    make_processor().image_processor.save_pretrained(tmp_path / "encoder")
     run = RunArguments(
         config=str(tmp_path / "config"), processor=str(tmp_path / "tokenizer"), vision_tower=str(tmp_path / "encoder")
     )
