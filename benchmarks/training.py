@@ -182,7 +182,7 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple
     )
 
     def collate(rows):
-        prompts = [ours.tokenizer.apply_chat_template(row["conversations"], ours.chat_template, tokenize=False) for row in rows]
+        prompts = ours.apply_chat_template([row["conversations"] for row in rows])
         images = [[Image.open(name).convert("RGB") for name in row["images"]] for row in rows]
         options = {"padding": "max_length", "max_length": stage["max_length"], "padding_side": "right", "return_tensors": "pt"}
         batch = processor(text=prompts, images=images, **options)

@@ -55,7 +55,12 @@ class RunArguments:
     )
     data_files: list[str] = field(default_factory=list, metadata={"help": "The training data: files, or patterns of names."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that the names of the pictures are relative to."})
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "Held-out data, for evaluation during training."})
+    eval_files: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Held-out data, for evaluation during training: after each epoch, if --eval_strategy does not say when."
+        },
+    )
     trainable: str = field(
         default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
     )
@@ -153,6 +158,8 @@ def parse_arguments(stage: dict[str, Any], description: str | None, *others: typ
     own_schedule = values["lr_scheduler_type"] != defaults["lr_scheduler_type"]
     if own_schedule and values["lr_scheduler_kwargs"] is defaults["lr_scheduler_kwargs"]:
         values["lr_scheduler_kwargs"] = None
+    if values["eval_files"] and values["eval_strategy"] == "no":
+        values["eval_strategy"] = "epoch"
     if values["fp16"]:
         values["bf16"] = False
     if values["ddp_find_unused_parameters"] is None:

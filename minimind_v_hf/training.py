@@ -185,6 +185,7 @@ class MiniMindVTrainer(Trainer):
         self.data_counts = data_counts or {}
         self.start = getattr(self._bare_model(), "name_or_path", "") or None
         self._saving_to: Path | None = None
+        self._loading_from = self.args.output_dir
         self._meter = StepMeter(self._bare_model(), self.accelerator)
         self._logged_step = 0
         # Read now, since FSDP shards it later; it never changes
@@ -374,13 +375,13 @@ class MiniMindVTrainer(Trainer):
         if run["encoder"] is not None:
             digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
             _require_encoder(digest, run, resume_from_checkpoint)
-        self._resuming_from = resume_from_checkpoint
+        self._loading_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model = self._bare_model()
         absent = frozenset(name for name in model.state_dict() if self._encoder and name.startswith(ENCODER))
-        _require_complete(model, load_result, self._resuming_from, absent)
+        _require_complete(model, load_result, self._loading_from, absent)
 
     # ── The model card ──
 

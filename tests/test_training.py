@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import MOE, make_image, make_model, make_processor
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from minimind_v_hf import MiniMindVForConditionalGeneration
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
 from minimind_v_hf import modeling_minimind_v as modeling
 from minimind_v_hf.collator import MiniMindVCollator
 from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.features import CachedFeaturesCollator, encode_images
 from minimind_v_hf.metering import matmul_rate, training_flops
 from minimind_v_hf.packing import pack
-from minimind_v_hf.recipe import RunArguments, load_start, native_recipe, parse_arguments
+from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_start, native_recipe, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import TRAINABLE, MiniMindVTrainer, freeze, load_checkpoint, parameter_table
 
@@ -343,7 +345,6 @@ def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):
     trainer = make_trainer(home, rows, tmp_path, max_steps=2, save_strategy="no", **options)
     trainer.train()
     assert (tmp_path / "samples" / "step-000002.png").read_bytes().startswith(b"\x89PNG")
-    assert trainer.model.training
     assert trainer.state.log_history[-2]["eval_loss"] > 0
 
 
@@ -368,6 +369,17 @@ def test_light_checkpoints_leave_the_encoder_out_and_get_it_back(home, rows, tmp
     make_trainer(home, rows, tmp_path / "whole", max_steps=4, save_encoder=True).train()
     whole = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint-4").state_dict()
     assert all(torch.equal(whole[name], trained[name]) for name in trained)
+
+
+def test_the_best_light_checkpoint_is_loaded_at_the_end(home, rows, tmp_path):
+    options = {"eval_dataset": rows.select(range(6)), "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    trainer = make_trainer(home, rows, tmp_path, learning_rate=0.5, max_steps=8, **options)  # gets worse and worse
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    assert json.loads((Path(best) / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+    loaded = load_checkpoint(best).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
@@ -461,9 +473,8 @@ def test_killed_in_two_processes_and_resumed_in_one(home, tmp_path, uninterrupte
     card = (output / "README.md").read_text()
     assert "| samples in a step | 4 |" in card
     assert f"{ROWS} of {ROWS} rows" in card
-    again = launch(home, output)
-    assert again.returncode != 0
-    assert "holds the model of a finished run" in again.stderr
+    with pytest.raises(ValueError, match="holds the model of a finished run"):
+        checkpoint_to_resume(TrainingArguments(output_dir=str(output), use_cpu=True))
     # The folder needs nothing else
     code = "from transformers import AutoModel; print(AutoModel.from_pretrained('.', trust_remote_code=True).num_parameters())"
     alone = subprocess.run([sys.executable, "-I", "-c", code], cwd=output, capture_output=True, text=True, check=False)
@@ -522,6 +533,34 @@ def test_streaming_is_split_without_repeats(home, tmp_path):
     assert len({*seen[0], *seen[1]}) == 20
 
 
+# ── With peft and TRL ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lora_trains_saves_reloads_and_merges(home, tmp_path):
+    peft = pytest.importorskip("peft")
+    done = launch(home, tmp_path, "--save_steps", 6, script="lora.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    batch = {"input_ids": torch.arange(3, 30)[None]}
+    start = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    merged = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    before = start(**batch).logits
+    adapted = peft.PeftModel.from_pretrained(start, tmp_path / "adapter").eval()
+    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, atol=1e-4, rtol=1e-4)
+    assert (merged(**batch).logits - before).abs().max() > 0.01
+    names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert not any("vision_tower" in name for name in names)
+    assert any("multi_modal_projector" in name for name in names)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_trl_has_the_same_losses(home, tmp_path, uninterrupted):
+    pytest.importorskip("trl")
+    recipe = ["--disable_tqdm", "true", "--save_steps", 12]
+    done = launch(home, tmp_path, *recipe, script="sft_trl.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(uninterrupted, abs=0.05)  # TRL spares norms and biases the weight decay
+
+
 # ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -550,6 +589,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "head"], "trainable='head': expected one"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--streaming"], "--max_steps"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--eval_strategy", "epoch"], "--eval_files"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
         (["--config", "minimind2-v-small", "--data_files", "d", "--image_folder", "i"], "needs --processor"),
     ],
 )
@@ -573,15 +613,47 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
     make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
     parts.model.vision_tower.save_pretrained(tmp_path / "encoder")
     make_processor().image_processor.save_pretrained(tmp_path / "encoder")
-    run = RunArguments(
-        config=str(tmp_path / "config"), processor=str(tmp_path / "tokenizer"), vision_tower=str(tmp_path / "encoder")
-    )
-    model, processor = load_start(run, seed=0)
+    language_model = MiniMindForCausalLM(parts.config.text_config)
+    language_model.save_pretrained(tmp_path / "llm")
+    names = {"config": "config", "processor": "tokenizer", "vision_tower": "encoder", "language_model": "llm"}
+    run = RunArguments(**{name: str(tmp_path / folder) for name, folder in names.items()})
+    model, processor = load_start(run, seed=1)
     assert processor.image_token_id == model.config.image_token_id == make_processor().image_token_id
     assert processor.image_processor.crop_size["height"] == 16
-    encoder = model.model.vision_tower.state_dict()
-    assert all(torch.equal(encoder[name], tensor) for name, tensor in parts.model.vision_tower.state_dict().items())
-    assert not torch.equal(model.lm_head.weight, parts.lm_head.weight)
+    for ours, theirs in (
+        (model.model.vision_tower, parts.model.vision_tower),
+        (model.model.language_model, language_model.model),
+        (model.lm_head, language_model.lm_head),
+    ):
+        expected = theirs.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, parts.model.multi_modal_projector.linear_1.weight)
+
+
+def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
+    model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    freeze(model, "llm")
+    collator = MiniMindVCollator(make_processor())
+    cache = encode_images(model, collator, [rows], tmp_path / "features")
+    assert encode_images(model, collator, [rows], tmp_path / "features").rows == cache.rows
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(home, rows, tmp_path / "run", model=model, save_strategy="no")
+    trainer.data_collator = CachedFeaturesCollator(collator, cache)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
+    assert trainer.state.log_history[0]["images_per_second"] > 0
+    assert not calls
+    freeze(model, "all")
+    with pytest.raises(ValueError, match="only while the encoder is frozen"):
+        encode_images(model, collator, [rows], tmp_path / "other")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_understands_the_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
 
 
 def test_the_two_stages_agree_line_for_line():
