@@ -57,9 +57,7 @@ class RunArguments:
     image_folder: str | None = field(default=None, metadata={"help": "Folder that the names of the pictures are relative to."})
     eval_files: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Held-out data, for evaluation during training: after each epoch, if --eval_strategy does not say when."
-        },
+        metadata={"help": "Held-out data, for evaluation: by default after each epoch."},
     )
     trainable: str = field(
         default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
