@@ -3,12 +3,13 @@
     python benchmarks/training.py --steps 6
 
 Draws data shaped like MiniMind-V's (JPEGs of 256 pixels, 196 image tokens, 20 to 300 text tokens), and trains MiniMind2-V small
-on it in four ways, each in a process of its own so that its peak memory is its own:
+on it in five ways, each in a process of its own so that its peak memory is its own:
 
     stock       transformers' LLaVA of the same size, default Trainer settings, padded to the maximum length
     unpacked    MiniMindVTrainer with dynamic padding
-    packed      the same, several samples in a row
-    kept        packed, with the frozen encoder's output kept on disk: what every epoch after the first costs
+    grouped     the same, samples of like length together
+    packed      the same as unpacked, but several samples in a row
+    kept        grouped, with the frozen encoder's output kept on disk: what every epoch after the first costs
 
 On a processor that others use too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and
 writes it as JSON, with what it was measured on.
@@ -53,10 +54,10 @@ from minimind_v_hf.recipe import has_fast_bf16, native_recipe
 from minimind_v_hf.training import MiniMindVTrainer, freeze
 
 
-WAYS = ("stock", "unpacked", "packed", "kept")
+WAYS = ("stock", "unpacked", "grouped", "packed", "kept")
 STAGES = {
-    "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16},
-    "sft": {"trainable": "llm", "max_length": 1536, "batch": 4},
+    "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16, "pack_length": 1280},
+    "sft": {"trainable": "llm", "max_length": 1536, "batch": 4, "pack_length": 1536},
 }
 WARM_UP = 1  # steps that are not measured
 
@@ -218,16 +219,18 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str)
             model.cuda()
         dtype = torch.bfloat16 if bf16 else torch.float32
         collator = CachedFeaturesCollator(collator, encode_images(model, collator, [data], folder / "features", dtype))
-    tokens = stage["batch"] * 400  # about as many as a batch of samples has
-    if way != "unpacked":
-        data = pack(data, stage["max_length"])
+    batch_size = stage["batch"]
+    if way == "packed":
+        data = pack(data, stage["pack_length"])
+        batch_size = max(1, batch_size * 380 // stage["pack_length"])  # a sample has 380 tokens or so
     counter = Counter(collator, processor.tokenizer.pad_token_id, WARM_UP)
     args = TrainingArguments(
         **native_recipe()
         | {
             "output_dir": str(folder / way),
             "max_steps": arguments.steps + WARM_UP,
-            "per_device_train_batch_size": stage["batch"] if way == "unpacked" else max(1, tokens // stage["max_length"]),
+            "per_device_train_batch_size": batch_size,
+            "train_sampling_strategy": "group_by_length" if way in ("grouped", "kept") else "random",
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,

@@ -63,9 +63,9 @@ class RunArguments:
         default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
     )
     max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its pictures; longer ones are cut."})
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Fill rows of --max_length with several samples each: no padding, and more samples in a step."},
+    pack_length: int | None = field(
+        default=None,
+        metadata={"help": "Fill rows of so many tokens with several samples each: hardly any padding, more samples in a step."},
     )
     cache_features: str | None = field(
         default=None,
@@ -182,6 +182,10 @@ def _check(run: RunArguments, args: TrainingArguments) -> None:
         raise ValueError(f"trainable={run.trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
+    if run.pack_length is not None and run.pack_length < run.max_length:
+        raise ValueError(
+            f"--pack_length {run.pack_length}: expected at least --max_length, {run.max_length}, for a sample to fit."
+        )
     if run.cache_features and (run.streaming or run.trainable == "all"):
         raise ValueError("--cache_features needs a frozen encoder and data that is not streamed.")
     if not run.eval_files and args.eval_strategy != "no":
@@ -233,8 +237,8 @@ def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVPr
             report = data.reports["held out"] = DataReport()
             data.held_out_conversations = load_conversations(run.eval_files, run.image_folder, report=report, **checks)
             data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
-    if run.packing:
-        data.train = pack(data.train, run.max_length, args.seed)
+    if run.pack_length:
+        data.train = pack(data.train, run.pack_length, args.seed)
     if args.should_log:
         for name, report in data.reports.items():
             print(f"{name}: {report}")

@@ -590,6 +590,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--streaming"], "--max_steps"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--eval_strategy", "epoch"], "--eval_files"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
         (["--config", "minimind2-v-small", "--data_files", "d", "--image_folder", "i"], "needs --processor"),
     ],
 )
