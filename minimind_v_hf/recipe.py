@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -20,6 +19,9 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
+
+# From its module, since transformers 5.16 does not export it where torchvision is missing
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
