@@ -56,7 +56,9 @@ class RunArguments:
         default=None, metadata={"help": "With --config: folder or Hub id of the language model whose weights to take."}
     )
     data_files: list[str] = field(default_factory=list, metadata={"help": "The training data: files, or patterns of names."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that the names of the pictures are relative to."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder or zip archive that names of pictures are relative to."}
+    )
     eval_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Held-out data, for evaluation: by default after each epoch."},
@@ -178,7 +180,7 @@ def _check(run: RunArguments, args: TrainingArguments) -> None:
         raise ValueError("Give either --model, to start from trained weights, or --config, to start from fresh ones.")
     if run.config is not None and run.processor is None:
         raise ValueError(f"--config {run.config} needs --processor: the folder of a processor or of a tokenizer.")
-    if not run.data_files or not run.image_folder:
+    if not run.data_files:
         raise ValueError("Give the training data with --data_files, and the folder of its pictures with --image_folder.")
     if run.trainable not in TRAINABLE:
         raise ValueError(f"trainable={run.trainable!r}: expected one of {', '.join(TRAINABLE)}.")
