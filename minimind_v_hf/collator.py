@@ -1,50 +1,116 @@
-"""Samples to a batch: pads token ids and labels, decodes the pictures."""
+"""Samples to a batch: pads or packs token ids and labels, decodes and resizes the pictures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from PIL import Image
+from torch import nn
 
 from .data import IGNORE_INDEX
-from .processing_minimind_v import MiniMindVProcessor, load_image
+from .images import read_image
+from .processing_minimind_v import MiniMindVProcessor
+
+
+class PixelNormalizer(nn.Module):
+    """The rescaling and normalisation of an image processor, for bytes that are already on the device.
+
+    Args:
+        image_processor: gives scale, mean and standard deviation.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, image_processor: Any):
+        super().__init__()
+        factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else (0.0, 1.0)
+        std = torch.as_tensor(std, dtype=torch.float64).expand(3)
+        mean = torch.as_tensor(mean, dtype=torch.float64).expand(3)
+        self.register_buffer("scale", (factor / std).float().view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).float().view(3, 1, 1), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalise uint8 pixels (images, 3, height, width) to float32; floats are normalised already and pass."""
+        if pixel_values.is_floating_point():
+            return pixel_values
+        return pixel_values * self.scale + self.shift
 
 
 @dataclass
 class MiniMindVCollator:
-    """Collates rows of `tokenize_conversations`.
+    """Collates rows of `tokenize_conversations`, or packed ones of `pack`.
 
     Args:
         processor: gives the padding token and the image processor.
+        pad_to_multiple_of: rounds the length of the rows up, for kernels that like it so.
+        uint8_pixels: leave the pixels as bytes, a quarter of the volume to hand from worker to device; `PixelNormalizer`
+            must then be applied there.
     """
 
     processor: MiniMindVProcessor
+    pad_to_multiple_of: int | None = None
+    uint8_pixels: bool = False
+    _normalize: PixelNormalizer = field(init=False, repr=False)
+    _image_size: tuple[int, int] = field(init=False, repr=False)
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate samples with `input_ids`, `labels` and `images` (paths, or whatever `load_image` takes).
+    def __post_init__(self):
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: expected a positive integer.")
+        self._normalize = PixelNormalizer(self.processor.image_processor)
+        height, width = self._resize([Image.new("RGB", (8, 8))]).shape[-2:]
+        self._image_size = height, width
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows with `input_ids`, `labels` and `images`, or with `samples`, a list of such.
 
         Returns:
-            `input_ids`, `labels` and `attention_mask` (batch, longest sample), padded on the right, and, where there
-            are pictures, `pixel_values` (images in the whole batch, 3, height, width).
+            * `input_ids` and `labels` (rows, longest row), padded on the right.
+            * `pixel_values` (images in the whole batch, 3, height, width), none in a batch of text alone: its shape
+              then begins with 0.
+            * `attention_mask` (rows, longest row); or, if a row is packed, `position_ids` instead, which begin at 0 with
+              each sample and with the padding. From these transformers makes a mask that keeps samples apart (of another
+              decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only.
 
         Raises:
             ValueError: a picture cannot be read.
         """
-        input_ids = [torch.tensor(sample["input_ids"]) for sample in samples]
-        labels = [torch.tensor(sample["labels"]) for sample in samples]
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        batch = {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        groups = [row.get("samples", [row]) for row in rows]
+        length = max(sum(len(sample["input_ids"]) for sample in group) for group in groups)
+        length += -length % (self.pad_to_multiple_of or 1)
+        shape = (len(groups), length)
+        input_ids = np.full(shape, self.processor.tokenizer.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        position_ids = np.zeros(shape, dtype=np.int64)
+        for row, group in enumerate(groups):
+            start = 0
+            for sample in group:
+                end = start + len(sample["input_ids"])
+                input_ids[row, start:end] = sample["input_ids"]
+                labels[row, start:end] = sample["labels"]
+                labels[row, start] = IGNORE_INDEX  # what comes first follows from nothing, least of all from a neighbour
+                position_ids[row, start:end] = np.arange(end - start)
+                start = end
+            attention_mask[row, :start] = 1
+            position_ids[row, start:] = np.arange(length - start)
+
+        packed = any("samples" in row for row in rows)
+        batch = {"input_ids": input_ids, "labels": labels}
+        batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+        sources = [source for group in groups for sample in group for source in sample["images"]]
+        pixel_values = self._resize([read_image(source, max(self._image_size)) for source in sources])
+        return {
+            **{name: torch.from_numpy(array) for name, array in batch.items()},
+            "pixel_values": pixel_values if self.uint8_pixels else self._normalize(pixel_values),
         }
-        images = []
-        for sample in samples:
-            for source in sample["images"]:
-                try:
-                    images.append(load_image(source))
-                except ValueError as error:
-                    raise ValueError(f"Cannot read the image {source!s}: {error}") from error
-        if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
+
+    def _resize(self, images: list[Image.Image]) -> torch.Tensor:
+        """Pictures in the encoder's size, as bytes (images, 3, height, width)."""
+        if not images:
+            return torch.zeros(0, 3, *self._image_size, dtype=torch.uint8)
+        # Normalised afterwards, all at once: the image processor takes each picture by itself
+        outputs = self.processor.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+        return outputs["pixel_values"]

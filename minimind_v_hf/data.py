@@ -1,89 +1,528 @@
-"""From files on disk to token ids: reads data sets in the MiniMind-V format and tokenises them once.
+"""From files to token ids: reads conversations in every format of MiniMind-V, repairs and counts, tokenises once.
 
-The pictures stay on disk, as paths; `collator.py` decodes them batch by batch.
+    load_conversations      JSONL, Parquet, Hub  ──►  conversations, images
+    tokenize_conversations                       ──►  input_ids, labels, images, length
+
+`rows.py` understands a row, `images.py` a picture.
+
+Both are `datasets` maps: their results are cached on disk, memory-mapped, and made again when a file changes. The pictures
+themselves stay where they are; `collator.py` decodes them batch by batch. What is wrong with a data set as a whole, the
+command of `check.py` says:
+
+    python -m minimind_v_hf.data check train.jsonl --images images
 """
 
+import hashlib
 import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
+from .images import ImageStore, find_problem, open_image_store
 from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from .rows import REPAIRS, RowError, find_files, parse_row, read_rows
 
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 """The label of a position from which nothing is learned."""
 
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant that can see.",
+    "Answer the user's questions about pictures.",
+    "Look closely, then answer briefly.",
+    "You are MiniMind-V, a small model for pictures and text.",
+    "你是一个能看懂图片的助手。",
+    "请根据图片回答用户的问题。",
+    "仔细观察，简要回答。",
+    "你是MiniMind-V，一个小巧的视觉语言模型。",
+)
+"""What `tokenize_conversations(random_system=…)` draws from."""
 
-def load_conversations(data_file: str | os.PathLike, image_folder: str | os.PathLike) -> Dataset:
-    """Read a JSONL file in the MiniMind-V format.
+_READING_VERSION = 1  # raised with every change to the code below that a cached result must not outlive
 
-    A row is `{"conversations": [{"role": …, "content": "…<image>…"}, …], "image": "a.jpg"}`, where `image` may name
-    several files, separated by commas, or be absent.
+
+@dataclass
+class DataReport:
+    """What reading and tokenising a data set came to. One report follows one data set through the functions below.
 
     Args:
-        data_file: the JSONL file.
-        image_folder: the folder that the names in `image` are relative to.
+        rows: rows read.
+        kept: rows left for training.
+        images: pictures in the rows left.
+        repaired: number of rows by what was mended in them.
+        dropped: number of rows by what was wrong with them.
+        examples: the first few of the dropped rows, each with its place and the reason.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    images: int = 0
+    repaired: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept:,} of {self.rows:,} rows, with {self.images:,} images"]
+        for title, counts in (("repaired", self.repaired), ("dropped", self.dropped)):
+            lines += [f"  {title:<9}{count:>9,}  {what}" for what, count in counts.items()]
+        return "\n".join(lines + [f"    {example}" for example in self.examples])
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_conversations(
+    data_files: str | os.PathLike | Iterable[str | os.PathLike],
+    image_folder: str | os.PathLike | None = None,
+    *,
+    streaming: bool = False,
+    strict: bool = False,
+    max_dropped: float = 0.01,
+    split: str = "train",
+    num_proc: int | None = None,
+    report: DataReport | None = None,
+) -> Dataset | IterableDataset:
+    """Read conversations and their images, mend what can be mended, and drop rows whose pictures cannot be read.
+
+    Formats: JSONL with `conversations` and `image` ("a.jpg", or "0.jpg, 1.jpg"); JSONL, Parquet or Hub data sets with
+    `messages` and `images`, whose contents may be lists; Parquet with `conversations` as JSON and `image_bytes`.
+
+    * `<image>` beyond the images are removed; images beyond the `<image>` are put at the front.
+    * Every picture is decoded once, by all cores if there are many (about 2000 of 256x256 pixels per second and core: 600
+      thousand take 5 minutes on one core). The result is cached until a file's size or time changes. A row with a missing
+      or corrupt picture is dropped.
+    * Both are counted in `report`, and logged.
+
+    When streaming, pictures are looked at as they pass; nothing is counted up, but what is dropped is logged.
+
+    Args:
+        data_files: a file, several, or patterns such as `"data/*.jsonl"`; or a Hub data set's id or its local folder.
+        image_folder: the folder or zip archive that names of images are relative to.
+        streaming: read nothing ahead, and return an `IterableDataset`.
+        strict: raise where a row would be mended or dropped.
+        max_dropped: the share of rows that may be dropped.
+        split: of a Hub data set.
+        num_proc: processes that look at the pictures; by default one for each core, if there are many pictures.
+        report: is told what was mended and dropped.
 
     Returns:
-        A data set with the columns `conversations` and `images` (lists of paths).
+        A data set with the columns `conversations` (lists of `{"role", "content"}`) and `images` (lists of sources for
+        `images.read_image`: paths, `zip://` references, or, where the data set holds the pictures, encoded bytes).
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the rows have no conversations, or a row has more or fewer images than placeholders.
+        ValueError: a row cannot be understood, an image's name leads out of the folder, more than `max_dropped` of the
+            rows would be dropped, or `strict` found something. The message names file and line.
     """
-    for path, kind in ((Path(data_file), "data file"), (Path(image_folder), "image folder")):
-        if not path.exists():
-            raise FileNotFoundError(f"There is no {kind} {str(path)!r}.")
-    dataset = load_dataset("json", data_files=str(data_file), split="train")
-    if "conversations" not in dataset.column_names:
+    store = None if image_folder is None else open_image_store(image_folder)
+    report = DataReport() if report is None else report
+    dataset = _read(data_files, store, streaming, strict, split)
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_Sieve(store, strict, max_dropped)).select_columns(["conversations", "images"])
+
+    problems = dataset.select_columns(["images"]).map(
+        _find_problems,
+        batched=True,
+        batch_size=256,
+        fn_kwargs={"store": store, "state": (_READING_VERSION, _signature(dataset))},
+        remove_columns=["images"],
+        features=Features({"problem": Value("string"), "reason": Value("string"), "num_images": Value("int32")}),
+        num_proc=num_proc or _processes(len(dataset)),
+        desc="Looking at the images",
+    )
+    kept: list[int] = []
+    examples: list[str] = []
+    dropped, images = Counter[str](), 0
+    for index, row in enumerate(problems):
+        if row["problem"] is None:
+            kept.append(index)
+            images += row["num_images"]
+            continue
+        refused = strict or row["problem"] == "outside"
+        if refused or len(examples) < 5:
+            examples.append(f"{dataset[index]['where']}: {row['reason']}")
+        if refused:
+            raise ValueError(examples[-1])
+        dropped[f"{row['problem']} image"] += 1
+    _check_share(len(dataset) - len(kept), len(dataset), max_dropped, examples)
+
+    repaired = +Counter({text: _count_nonzero(dataset, column) for column, text in REPAIRS.items()})  # + drops the zeros
+    report.rows += len(dataset)
+    report.kept += len(kept)
+    report.images += images
+    report.repaired.update(repaired)
+    report.dropped.update(dropped)
+    report.examples += examples
+    logger.log(logging.WARNING if repaired or dropped else logging.INFO, f"Read {report}")
+    if len(kept) < len(dataset):
+        dataset = dataset.select(kept)
+    return dataset.select_columns(["conversations", "images"])
+
+
+def _read(data_files, store: ImageStore | None, streaming: bool, strict: bool, split: str) -> Dataset | IterableDataset:
+    """All rows, parsed and mended, with a count for each kind of repair."""
+    names = [os.fspath(data_files)] if isinstance(data_files, (str, os.PathLike)) else list(map(os.fspath, data_files))
+    is_hub_id = len(names) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", names[0]) and not os.path.exists(names[0])
+    if len(names) == 1 and (os.path.isdir(names[0]) or (is_hub_id and not re.search(r"\.(jsonl?|parquet)$", names[0]))):
+        return _read_hub(names[0], store, streaming, strict, split)
+
+    files = find_files(names)
+    if not any(True for file in files for _ in read_rows(file)):
+        raise ValueError(f"There are no rows in {', '.join(names)}.")
+    kinds = {_holds_pictures(file) for file in files}
+    if len(kinds) > 1:
+        raise ValueError("Some of the data files hold pictures and others name them: load and concatenate them apart.")
+    # With size and time, so that a cached result is not taken for a file that has changed since
+    described = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    state = (_READING_VERSION, None if store is None else store.state())
+    gen_kwargs = {"files": described, "store": store, "strict": strict, "state": state}
+    features = _features(pictures_inside=kinds == {True})
+    if streaming:
+        return IterableDataset.from_generator(_generate, features=features, gen_kwargs=gen_kwargs)
+    try:
+        return Dataset.from_generator(_generate, features=features, gen_kwargs=gen_kwargs)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def _read_hub(name: str, store: ImageStore | None, streaming: bool, strict: bool, split: str) -> Dataset | IterableDataset:
+    dataset = load_dataset(name, split=split, streaming=streaming)
+    pictures_inside = False
+    for column, feature in (dataset.features or {}).items():
+        if "Image(" in str(feature):
+            pictures_inside = True
+            undecoded = Image(decode=False)
+            dataset = dataset.cast_column(column, undecoded if isinstance(feature, Image) else [undecoded])
+        pictures_inside = pictures_inside or (column == "image_bytes")
+
+    def parse(row: dict[str, Any], index: int) -> dict[str, Any]:
+        row = dict(row)
+        for column, value in row.items():
+            if pictures_inside and column in ("image", "images"):
+                row[column] = [_embed(picture) for picture in (value if isinstance(value, list) else [value]) if picture]
+        return _parse_strictly(row, f"{name}, row {index + 1}", store, strict)
+
+    columns = dataset.column_names or list(next(iter(dataset)))
+    features = _features(pictures_inside)
+    return dataset.map(parse, with_indices=True, remove_columns=columns, features=features)
+
+
+def _embed(picture: Any) -> Any:
+    """The bytes of a picture that `datasets` left in a file of its own."""
+    if isinstance(picture, dict) and not picture["bytes"]:
+        return Path(picture["path"]).read_bytes()
+    return picture
+
+
+def _features(pictures_inside: bool) -> Features:
+    return Features(
+        {
+            "conversations": [{"role": Value("string"), "content": Value("string")}],
+            "images": [Value("binary" if pictures_inside else "string")],
+            "where": Value("string"),
+            **{column: Value("int32") for column in REPAIRS},
+        }
+    )
+
+
+def _holds_pictures(file: str) -> bool:
+    """Whether a data file holds the pictures themselves, not their names."""
+    if not file.endswith(".parquet"):
+        return False
+    try:
+        schema = pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: the Parquet file is damaged ({error})") from error
+    columns = [column for column in ("image", "images", "image_bytes") if column in schema.names]
+    return any("binary" in str(schema.field(column).type) for column in columns)
+
+
+def _generate(files: list[tuple[str, int, int]], store: ImageStore | None, strict: bool, state: Any) -> Iterator[dict]:
+    for path, _, _ in files:
+        for place, row in read_rows(path):
+            yield _parse_strictly(row, f"{path}, {place}", store, strict)
+
+
+def _parse_strictly(row: Any, where: str, store: ImageStore | None, strict: bool) -> dict[str, Any]:
+    """`parse_row` as a row of the data set; its errors name the place."""
+    try:
+        if isinstance(row, RowError):
+            raise row
+        parsed = parse_row(row, store)
+    except RowError as error:
+        advice = "`python -m minimind_v_hf.data check` lists everything that is wrong with a file."
+        raise ValueError(f"{where}: {error}. {advice}") from error
+    placeholders = len(parsed.images) + parsed.removed_placeholders - parsed.added_placeholders
+    if strict and (parsed.removed_placeholders or parsed.added_placeholders):
+        raise ValueError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {len(parsed.images)} images.")
+    return {"where": where, **vars(parsed)}
+
+
+def _find_problems(batch: dict[str, list], store: ImageStore | None, state: Any) -> dict[str, list]:
+    """The first problem of each row's pictures. `state` is what else the result depends on, for the cache."""
+    found = {source: find_problem(source, store) for sources in batch["images"] for source in sources}
+    rows = [next(filter(None, map(found.get, sources)), (None, None)) for sources in batch["images"]]
+    return {
+        "problem": [problem for problem, _ in rows],
+        "reason": [reason for _, reason in rows],
+        "num_images": [len(sources) for sources in batch["images"]],
+    }
+
+
+class _Sieve:
+    """Lets rows with good pictures through, one by one, and stops when too many are bad."""
+
+    def __init__(self, store: ImageStore | None, strict: bool, max_dropped: float):
+        self.store, self.strict, self.max_dropped = store, strict, max_dropped
+        self.seen = self.dropped = 0
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        self.seen += 1
+        problem = next(filter(None, (find_problem(source, self.store) for source in row["images"])), None)
+        if problem is None:
+            return True
+        message = f"{row['where']}: {problem[1]}"
+        if self.strict or problem[0] == "outside":
+            raise ValueError(message)
+        self.dropped += 1
+        logger.warning(f"Dropped a row with a {problem[0]} image: {message}")
+        _check_share(self.dropped, max(self.seen, 1000), self.max_dropped, [message])
+        return False
+
+
+def _check_share(dropped: int, rows: int, max_dropped: float, examples: list[str]) -> None:
+    if dropped > max_dropped * rows:
         raise ValueError(
-            f"{data_file}: expected rows with the key 'conversations', got the keys {', '.join(dataset.column_names)}."
+            f"{dropped:,} of {rows:,} rows have missing or corrupt images, more than the share of {max_dropped:.1%} that may "
+            "be dropped. Is it the right image folder? Mend the data, or raise max_dropped. The first of them:\n  "
+            + "\n  ".join(examples)
         )
-    root = str(image_folder)
-
-    def resolve(row: dict[str, Any], index: int) -> dict[str, Any]:
-        names = [name.strip() for name in (row.get("image") or "").split(",") if name.strip()]
-        placeholders = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in row["conversations"])
-        if placeholders != len(names):
-            raise ValueError(
-                f"{data_file}, row {index} (counted from 0): {placeholders} {IMAGE_PLACEHOLDER} placeholders, "
-                f"but {len(names)} images: {names}."
-            )
-        return {"images": [os.path.join(root, name) for name in names]}
-
-    return dataset.map(resolve, with_indices=True, desc="Reading conversations").select_columns(["conversations", "images"])
 
 
-def tokenize_conversations(dataset: Dataset, processor: MiniMindVProcessor) -> Dataset:
-    """Turn conversations into token ids, once; `datasets` caches the result.
+def _signature(dataset: Dataset) -> str:
+    """Changes when any of the image files does; looks at sizes and times alone."""
+    digest = hashlib.sha256()
+    if "binary" in str(dataset.features["images"]):
+        return ""  # the data set holds the pictures
+    for batch in dataset.select_columns(["images"]).iter(batch_size=10_000):
+        for source in {source for sources in batch["images"] for source in sources if isinstance(source, str)}:
+            path = source.rpartition("::")[2]
+            try:
+                status = os.stat(path)
+                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+            except OSError:
+                digest.update(path.encode())
+    return digest.hexdigest()
+
+
+def _count_nonzero(dataset: Dataset, column: str) -> int:
+    return sum(int(np.count_nonzero(batch[column])) for batch in dataset.select_columns([column]).iter(batch_size=10_000))
+
+
+def _processes(rows: int) -> int | None:
+    """As many processes as there are cores, but none for work of a few seconds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(cores, rows // 2000)
+    return processes if processes > 1 else None
+
+
+# ── Tokenising ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KEPT, CUT = "kept", "cut at max_length"
+TOO_LONG, NOTHING_TO_LEARN = "the prompt alone exceeds max_length", "the assistant says nothing"
+
+
+def tokenize_conversations(
+    dataset: Dataset | IterableDataset,
+    processor: MiniMindVProcessor,
+    max_length: int | None = None,
+    *,
+    random_system: float = 0.0,
+    drop_empty_thinking: float = 0.0,
+    seed: int = 0,
+    num_proc: int | None = None,
+    report: DataReport | None = None,
+) -> Dataset | IterableDataset:
+    """Turn conversations into token ids and labels, once; `datasets` caches the result.
 
     Args:
         dataset: with the columns `conversations` and `images`, as `load_conversations` gives them.
         processor: its chat template marks what is to be learned.
+        max_length: longer samples are cut, before an image rather than inside it; those whose prompt alone is longer are
+            dropped. By default nothing is cut.
+        random_system: the probability that a conversation without a system message gets one of `SYSTEM_PROMPTS` (minimind-3
+            of 2026: 0.2). Drawn once for each row.
+        drop_empty_thinking: the probability that the empty `<think>` blocks of a conversation are left out (2026: 0.8).
+        seed: of those draws.
+        num_proc: processes; by default one for each core, if there are many rows.
+        report: is told what was cut and dropped.
 
     Returns:
-        A data set with the columns `input_ids`, `labels` (−100 but where the assistant speaks) and `images`.
-    """
-    tokenizer, image_token_id = processor.tokenizer, processor.image_token_id
+        A data set with the columns `input_ids`, `labels` (-100 but where the assistant speaks), `images` and `length` (in
+        tokens).
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer.apply_chat_template(
-            batch["conversations"],
-            chat_template=processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        rows: dict[str, list] = {"input_ids": [], "labels": []}
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-            counts = [processor.image_seq_length if token == image_token_id else 1 for token in ids]
-            labels = [
-                token if learned and token != image_token_id else IGNORE_INDEX for token, learned in zip(ids, mask, strict=True)
-            ]
-            rows["input_ids"].append([token for token, count in zip(ids, counts, strict=True) for _ in range(count)])
-            rows["labels"].append([label for label, count in zip(labels, counts, strict=True) for _ in range(count)])
+    Raises:
+        ValueError: nothing is left to learn from, or an option is out of range.
+    """
+    for name, share in (("random_system", random_system), ("drop_empty_thinking", drop_empty_thinking)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share}: expected a probability from 0 to 1.")
+    if drop_empty_thinking and "drop_empty_thinking" not in processor.chat_template:
+        raise ValueError("drop_empty_thinking: the processor's chat template does not know this option.")
+    if max_length is not None and max_length <= processor.image_seq_length:
+        raise ValueError(f"max_length={max_length}: an image alone takes {processor.image_seq_length} tokens.")
+    encode = ConversationEncoder(processor)
+    features = Features(
+        {
+            "input_ids": [Value("int32")],
+            "labels": [Value("int32")],
+            "images": dataset.features["images"],
+            "length": Value("int32"),
+            "num_images": Value("int32"),
+            "outcome": Value("string"),
+        }
+    )
+
+    def tokenize(batch: dict[str, list], indices: list[int], version: int) -> dict[str, list]:
+        draws = [random.Random(f"{seed} {index}") for index in indices]
+        conversations = [
+            [{"role": "system", "content": draw.choice(SYSTEM_PROMPTS)}, *messages]
+            if draw.random() < random_system and messages[0]["role"] != "system"
+            else messages
+            for draw, messages in zip(draws, batch["conversations"], strict=True)
+        ]
+        without_blocks = [draw.random() < drop_empty_thinking for draw in draws]
+        rows: dict[str, list] = {column: [] for column in features}
+        for sample, images in zip(encode(conversations, without_blocks), batch["images"], strict=True):
+            sample, outcome = sample.fit(max_length)
+            rows["input_ids"].append(sample.input_ids)
+            rows["labels"].append(sample.labels)
+            rows["images"].append(images[: sample.is_image.sum()])
+            rows["num_images"].append(len(rows["images"][-1]))
+            rows["length"].append(len(sample.input_ids))
+            rows["outcome"].append(outcome)
         return rows
 
-    return dataset.map(tokenize, batched=True, remove_columns=["conversations"], desc="Tokenising")
+    options: dict[str, Any] = {
+        "batched": True,
+        "with_indices": True,
+        "fn_kwargs": {"version": _READING_VERSION},
+        "remove_columns": dataset.column_names,
+        "features": features,
+    }
+    if isinstance(dataset, IterableDataset):
+        kept = dataset.map(tokenize, batch_size=64, **options).filter(_is_kept, input_columns=["outcome"])
+        return kept.remove_columns(["outcome", "num_images"])
+
+    num_proc = num_proc or _processes(len(dataset))
+    tokenized = dataset.map(tokenize, num_proc=num_proc, desc="Tokenising", **options)
+    outcomes = Counter(outcome for batch in tokenized.select_columns(["outcome"]).iter(10_000) for outcome in batch["outcome"])
+    dropped = Counter({what: outcomes[what] for what in (TOO_LONG, NOTHING_TO_LEARN) if outcomes[what]})
+    if dropped.total() == len(tokenized):
+        reasons = ", ".join(f"{what}: {count}" for what, count in dropped.items()) or "it has no rows"
+        raise ValueError(f"The data set has nothing to learn from ({reasons}; max_length={max_length}).")
+    if outcomes[CUT] or dropped:
+        counts = [f"{count:,} rows {what}" for what, count in ((CUT, outcomes[CUT]), *dropped.items()) if count]
+        logger.warning(f"Tokenised {len(tokenized):,} rows. Cut or dropped: {'; '.join(counts)}.")
+    if dropped:
+        tokenized = tokenized.filter(_is_kept, input_columns=["outcome"], desc="Dropping rows that do not fit")
+    if report is not None:
+        report.kept = len(tokenized)
+        report.images = sum(sum(batch["num_images"]) for batch in tokenized.select_columns(["num_images"]).iter(10_000))
+        report.repaired.update({CUT: outcomes[CUT]} if outcomes[CUT] else {})
+        report.dropped.update(dropped)
+    return tokenized.remove_columns(["outcome", "num_images"])
+
+
+def _is_kept(outcome: str) -> bool:
+    return outcome in (KEPT, CUT)
+
+
+@dataclass
+class Sample:
+    """A conversation as token ids, where each image is still one token.
+
+    Args:
+        ids: token ids (tokens,).
+        learned: whether the assistant says this token (tokens,).
+        is_image: whether this token is an image (tokens,).
+        image_seq_length: how many tokens the model reads in place of an image.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    is_image: np.ndarray
+    image_seq_length: int
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many tokens the model reads in place of each (tokens,)."""
+        return np.where(self.is_image, self.image_seq_length, 1)
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.ids.repeat(self.counts)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.where(self.learned & ~self.is_image, self.ids, IGNORE_INDEX).repeat(self.counts)
+
+    def fit(self, max_length: int | None) -> tuple["Sample", str]:
+        """The sample cut to `max_length`, and what became of it."""
+        if not self.learned.any():
+            return self, NOTHING_TO_LEARN
+        ends = self.counts.cumsum()
+        if max_length is None or ends[-1] <= max_length:
+            return self, KEPT
+        fitting = int(ends.searchsorted(max_length, side="right"))
+        cut = Sample(self.ids[:fitting], self.learned[:fitting], self.is_image[:fitting], self.image_seq_length)
+        return cut, CUT if cut.learned.any() else TOO_LONG
+
+
+class ConversationEncoder:
+    """Conversations to samples, with the processor's chat template. Holds what `datasets` can hash and send to processes."""
+
+    def __init__(self, processor: MiniMindVProcessor):
+        self.tokenizer, self.chat_template = processor.tokenizer, processor.chat_template
+        self.image_token_id, self.image_seq_length = processor.image_token_id, processor.image_seq_length
+
+    def __call__(
+        self, conversations: list[list[dict[str, str]]], drop_empty_thinking: list[bool] | None = None
+    ) -> list[Sample]:
+        """Encode conversations; of those marked in `drop_empty_thinking`, without their empty `<think>` blocks."""
+        drop_empty_thinking = drop_empty_thinking or [False] * len(conversations)
+        samples: list[Any] = [None] * len(conversations)
+        for drop in set(drop_empty_thinking):
+            indices = [index for index, dropped in enumerate(drop_empty_thinking) if dropped == drop]
+            encoded = self.tokenizer.apply_chat_template(
+                [conversations[index] for index in indices],
+                chat_template=self.chat_template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                drop_empty_thinking=drop,
+            )
+            for index, ids, learned in zip(indices, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+                ids = np.asarray(ids)
+                samples[index] = Sample(ids, np.asarray(learned, bool), ids == self.image_token_id, self.image_seq_length)
+        return samples
+
+
+if __name__ == "__main__":
+    from .check import main
+
+    sys.exit(main())

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -383,8 +384,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
@@ -397,6 +396,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)  # after the mask, which takes a cache for a sign of no packing
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -438,6 +439,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Run the language model. The arguments of `MiniMindModel.forward`, and:
@@ -445,6 +447,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         Args:
             labels: token ids (B, T) to predict, -100 where nothing is to be learned; shifted inside.
             logits_to_keep: compute the logits of the last so many positions only (0: of all), or of these positions.
+            skip_logits: with `labels`, give the loss alone: logits are computed where there are labels, and not kept.
+            num_items_in_batch: (in kwargs) labelled positions in the whole batch that this forward pass is a part of, in
+                gradient accumulation or data parallelism: losses are then this part's share of the whole batch's.
 
         Returns:
             `logits` (B, T, V); `loss`, the cross-entropy plus, in training, `aux_loss` of a mixture of experts.
@@ -459,7 +464,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             output_router_logits=_wants_router_logits(self, output_router_logits),
             **kwargs,
         )
-        logits, loss, aux_loss = _head(self, outputs, labels, logits_to_keep, **kwargs)
+        logits, loss, aux_loss = _head(self, outputs, labels, logits_to_keep, skip_logits, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -479,15 +484,22 @@ def _wants_router_logits(model: PreTrainedModel, requested: bool | None) -> bool
     return requested or (model.training and getattr(config, "num_experts", 0) > 0)
 
 
-def _head(model, outputs, labels, logits_to_keep, **kwargs):
+_MAX_LOGITS = 2**25
+"""How many logits a training step holds at a time when nobody wants to see them: 128 MiB in float32."""
+
+
+def _head(model, outputs, labels, logits_to_keep, skip_logits, **kwargs):
     """Hidden states to logits and losses, alike for the text-only and the vision-language model."""
     text_config = model.config.get_text_config()
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     hidden_states = outputs.last_hidden_state
-    logits = model.lm_head(hidden_states[:, kept, :])
-    loss = aux_loss = None
-    if labels is not None:
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+    logits = loss = aux_loss = None
+    if skip_logits and labels is not None:
+        loss = _loss_at_labels(model, hidden_states, labels, **kwargs)
+    else:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = model.lm_head(hidden_states[:, kept, :])
+        if labels is not None:
+            loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
     if _is_ours(text_config) and outputs.router_logits:
         routers_hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
         if routers_hidden and model.training and model.is_gradient_checkpointing:
@@ -497,8 +509,39 @@ def _head(model, outputs, labels, logits_to_keep, **kwargs):
             )
         aux_loss = load_balancing_loss(outputs.router_logits, hidden_states.shape[0], text_config)
         if loss is not None and model.training:
-            loss = loss + aux_loss.to(loss.device)
+            share = 1.0
+            if kwargs.get("num_items_in_batch") is not None:
+                # So that the parts of a batch, in several steps or processes, add up to one auxiliary loss
+                share = _shifted(labels, **kwargs).ne(-100).sum() / kwargs["num_items_in_batch"]
+            loss = loss + (share * aux_loss).to(loss.device)
     return logits, loss, aux_loss
+
+
+def _shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """What each position is to predict (B, T): the next label."""
+    return F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+
+
+def _loss_at_labels(model, hidden_states, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+    """The cross-entropy, with logits only where there is something to learn and of so many positions at a time.
+
+    What `loss_function` gives, except that a batch without any label has the loss 0 and not NaN.
+    """
+    targets = _shifted(labels, **kwargs).to(hidden_states.device)
+    learned = targets != -100  # (B, T)
+    hidden_states, targets = hidden_states[learned], targets[learned]  # (M, D) and (M,)
+
+    def summed_loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.lm_head(hidden_states).float(), targets, reduction="sum")
+
+    size = max(1, _MAX_LOGITS // model.lm_head.out_features)
+    if len(targets) <= size:
+        total = summed_loss(hidden_states, targets)
+    else:  # the backward pass computes a chunk's logits again instead of keeping all
+        chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
+        total = torch.stack([checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
 
 # ── The vision-language model ────────────────────────────────────────────────────────────────────────────────────────
@@ -563,6 +606,10 @@ def _decoder_from_config(text_config: PreTrainedConfig) -> PreTrainedModel:
     return MiniMindModel(text_config) if _is_ours(text_config) else AutoModel.from_config(text_config)
 
 
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 class MiniMindVModel(MiniMindVPreTrainedModel):
     """Encoder, projector and decoder, without a language-modelling head."""
 
@@ -592,23 +639,40 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def train(self, mode: bool = True) -> "MiniMindVModel":
+        """Set training or evaluation mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        self.vision_tower.train(mode and _is_trainable(self.vision_tower))
+        return self
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encode images and project them into the decoder's embedding space.
 
         Args:
-            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it.
+            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it. N may be
+                0, as in a batch of text alone.
 
         Returns:
             The encoder's output, with the projected images (N, P, D) as `pooler_output`.
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.flatten(0, 1)
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        num_images = len(pixel_values)
+        if num_images == 0:
+            # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
+            # encoded, and its vectors are left out again
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        learns = pixel_values.requires_grad or _is_trainable(self.vision_tower)
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        outputs.pooler_output = self._project(outputs.last_hidden_state[:num_images])
+        return outputs
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # Class and register tokens come before the patches; CLIP has one, SigLIP none
         num_patches = self.config.image_seq_length * self.config.patches_per_token
-        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state[:, -num_patches:])
-        return outputs
+        return self.multi_modal_projector(hidden_states[:, -num_patches:])  # (N, P, D)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
@@ -652,7 +716,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         Args:
             pixel_values: the images of the whole batch in the order of their placeholders, (N, 3, height, width).
-            mm_encoder_outputs: `{"image": get_image_features(...)}`, for images that are already encoded.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, for images that are already encoded; without a
+                `pooler_output`, its `last_hidden_state` is projected first.
 
         Raises:
             ValueError: images and placeholders do not match in number.
@@ -665,11 +730,18 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        if pixel_values is None and image_outputs is None and self.training and _is_trainable(self.multi_modal_projector):
+            # Also a batch of text alone passes through the projector, whose gradients parallel engines wait for
+            pixel_values = inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
+            if image_features is None:
+                image_features = self._project(
+                    image_outputs.last_hidden_state.to(self.multi_modal_projector.linear_1.weight.dtype)
+                )
             if not isinstance(image_features, torch.Tensor):
                 image_features = torch.stack(tuple(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)  # (N, P, D)
@@ -724,6 +796,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MiniMindVCausalLMOutputWithPast:
         """Run the model. See `MiniMindVModel.forward` for the images and `MiniMindForCausalLM.forward` for the rest."""
@@ -738,7 +811,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             output_router_logits=_wants_router_logits(self, output_router_logits),
             **kwargs,
         )
-        logits, loss, aux_loss = _head(self, outputs, labels, logits_to_keep, **kwargs)
+        logits, loss, aux_loss = _head(self, outputs, labels, logits_to_keep, skip_logits, **kwargs)
         return MiniMindVCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

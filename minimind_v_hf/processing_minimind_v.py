@@ -92,7 +92,10 @@ _CHAT_TEMPLATE = """\
                     {%- set reasoning = content.split("</think>")[0].split("<think>")[-1] -%}
                     {%- set content = content.split("</think>")[-1] -%}
                 {%- endif -%}
-                {{- "<think>\\n" ~ reasoning.strip("\\n") ~ "\\n</think>\\n\\n" -}}
+                {%- set reasoning = reasoning.strip("\\n") -%}
+                {%- if reasoning or not (drop_empty_thinking is defined and drop_empty_thinking) -%}
+                    {{- "<think>\\n" ~ reasoning ~ "\\n</think>\\n\\n" -}}
+                {%- endif -%}
                 {%- set content = content.lstrip("\\n") -%}
             {%- endif -%}
             {{- content ~ "<|im_end|>\\n" -}}
@@ -117,7 +120,7 @@ def build_chat_template(image_token: str, default_system: str | None, thinking: 
         image_token: written where a picture belongs.
         default_system: system message of conversations that have none (MiniMind2), or None.
         thinking: open each answer with a `<think>` block (minimind-3); the option `open_thinking` of
-            `apply_chat_template` then leaves it open in the prompt.
+            `apply_chat_template` then leaves it open in the prompt, and `drop_empty_thinking` omits blocks without thoughts.
     """
     settings = {"picture": image_token, "mark": CONTROL_MARK, "default_system": default_system or "", "thinking": thinking}
     header = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items())
@@ -202,18 +205,23 @@ def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, min_size: int | None = None) -> Image.Image:
     """A picture as a person sees it: RGB, upright, transparency over white.
 
     Args:
         source: a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W); bytes, 16-bit integers, or floats from 0
-            to 1), a path, a URL, or base64 data.
+            to 1), a path, a URL, base64 data, or the bytes of a file.
+        min_size: the size, in pixels, to which the caller will shrink the picture. A JPEG may then be decoded at 1/2, 1/4
+            or 1/8 of its size, down to twice `min_size`: three times as fast for a photograph of a megapixel, whose
+            shrunk pixels differ by 0.3 of 255 on average.
 
     Raises:
         ValueError: the picture cannot be read, with the reason.
     """
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike, bytes)):
         source = _open(source)
+        if min_size is not None:
+            source.draft(None, (2 * min_size, 2 * min_size))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
         source = _from_array(source)
     elif not isinstance(source, Image.Image):
@@ -224,12 +232,14 @@ def load_image(source: Any) -> Image.Image:
         raise ValueError(f"the file is truncated or damaged ({error})") from error
 
 
-def _open(source: str | os.PathLike) -> Image.Image:
-    """Open a path, URL or base64 string without decoding its pixels yet."""
+def _open(source: str | os.PathLike | bytes) -> Image.Image:
+    """Open a path, URL, base64 string or a file's bytes without decoding its pixels yet."""
     file: Any = source
     name = os.fspath(source)
     try:
-        if name.startswith(("http://", "https://")):
+        if isinstance(name, bytes):
+            file = io.BytesIO(name)
+        elif name.startswith(("http://", "https://")):
             request = urllib.request.Request(name, headers={"User-Agent": "minimind_v_hf"})
             with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
                 file = io.BytesIO(response.read(_MAX_DOWNLOAD + 1))

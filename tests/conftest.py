@@ -3,6 +3,7 @@
 import random
 import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,12 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog, and writes to mail@example.com.",
 ]
 IMAGE_SIZE, PATCH_SIZE = 16, 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,39 @@
-"""From JSONL and pictures to batches: token ids, labels, padding."""
+"""From files to token ids: formats, repairs, what is dropped and what is refused, labels, truncation, caching."""
 
+import io
 import json
+import os
+import zipfile
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import IMAGE_SIZE, make_image
+from conftest import IMAGE_SIZE, PATCH_SIZE, make_image, make_image_processor, make_processor, make_tokenizer
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf import MiniMindVProcessor
+from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, tokenize_conversations
+from minimind_v_hf.images import read_image
 
 
-IMAGE_TOKENS = 16
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0)}
+
+
+def chat(question: str, answer: str = "red", **row) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **row}
+
+
+# The three samples of the format's description, the third with three placeholders and two images
+SAMPLES = [
+    chat("提供给定图像的简要描述。\n<image>", "橄榄油是自由使用的健康成分。", image="red.png"),
+    chat("闹钟的位置对睡眠质量有什么影响？<image>", "把数字闹钟放在床头柜...", image="blue.png"),
+    chat("context: Source Image: <image> Target Image: <image> What is the instruction?<image>", image="red.png, blue.png"),
+]
 ROWS = [
     {
         "conversations": [
@@ -21,93 +44,438 @@ ROWS = [
         ],
         "image": "red.png",
     },
-    {
-        "conversations": [
-            {"role": "user", "content": "<image><image> What?"},
-            {"role": "assistant", "content": "a dog"},
-        ],
-        "image": "red.png, blue.png",
-    },
-    {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "lazy"}]},
+    chat("<image><image> What?", "a dog", image="red.png, blue.png"),
+    chat("Hi", "lazy"),
 ]
 
 
+def encoded(colour: str, size: tuple[int, int] = (20, 20)) -> bytes:
+    file = io.BytesIO()
+    make_image(colour, size).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
-def files(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    for colour in ("red", "blue"):
-        make_image(colour).save(images / f"{colour}.png")
-
-    def write(rows):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path, images
-
-    return write
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for colour in COLOURS:
+        (folder / f"{colour}.png").write_bytes(encoded(colour))
+    return folder
 
 
-def test_tokens_are_the_processors_and_labels_are_what_the_assistant_says(files, processor):
-    data_file, images = files(ROWS)
-    dataset = tokenize_conversations(load_conversations(data_file, images), processor)
-    assert dataset.column_names == ["images", "input_ids", "labels"]
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(rows: list, name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write_rows
+
+
+def contents(dataset, row: int = 0) -> list[str]:
+    return [message["content"] for message in dataset[row]["conversations"]]
+
+
+def colours(sources) -> list[str]:
+    names = {colour: name for name, colour in COLOURS.items()}
+    return [names[read_image(source).getpixel((0, 0))] for source in sources]
+
+
+# ── Formats ──
+
+
+def test_all_formats_say_the_same(write, images, tmp_path):
+    texts = [[message["content"] for message in row["conversations"]] for row in ROWS]
+    names = [["red.png"], ["red.png", "blue.png"], []]
+    messages = [
+        {"messages": [{"role": m["role"], "content": m["content"]} for m in row["conversations"]], "images": list_}
+        for row, list_ in zip(ROWS, names, strict=True)
+    ]
+    as_lists = json.loads(json.dumps(messages))
+    for row in as_lists:
+        for message in row["messages"]:
+            pieces = message["content"].split("<image>")
+            parts = [{"type": "text", "text": pieces[0]}]
+            for piece in pieces[1:]:
+                parts += [{"type": "image"}, {"type": "text", "text": piece}]
+            message["content"] = parts
+    inline = json.loads(json.dumps(as_lists))
+    for row in inline:
+        left = iter(row.pop("images"))
+        for part in (part for message in row["messages"] for part in message["content"] if part["type"] == "image"):
+            part["image"] = next(left)
+    pictures = [[encoded(Path(name).stem) for name in list_] for list_ in names]
+    bytes_file, single_file = tmp_path / "lists.parquet", tmp_path / "single.parquet"
+    as_json = [json.dumps(row["conversations"]) for row in ROWS]
+    black = encoded("black", (8, 8))
+    pq.write_table(pa.table({"conversations": as_json, "image_bytes": [p or [black] for p in pictures]}), bytes_file)
+    pq.write_table(pa.table({"conversations": as_json[::2], "image_bytes": [pictures[0][0], black]}), single_file)
+
+    for rows, name in ((ROWS, "a.jsonl"), (messages, "b.jsonl"), (as_lists, "c.jsonl"), (inline, "d.jsonl")):
+        dataset = load_conversations(write(rows, name), images)
+        assert [contents(dataset, i) for i in range(3)] == texts, name
+        assert dataset["images"][:] == [[str(images / image) for image in list_] for list_ in names], name
+    report = DataReport()
+    dataset = load_conversations(bytes_file, report=report)
+    assert [contents(dataset, i) for i in range(3)] == texts
+    assert dataset["images"][:] == pictures
+    assert report.repaired == {"text rows with a black picture of 8x8: it was left out": 1}
+    dataset = load_conversations(single_file)
+    assert [contents(dataset, i) for i in range(2)] == texts[::2]
+    assert dataset["images"][:] == [pictures[0], []]
+
+
+def test_a_placeholder_in_the_text_of_a_list_is_text(write, images, processor):
+    content = [{"type": "text", "text": "What does <image> mean?"}, {"type": "image"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Hi"}], "images": ["red.png"]}
+    dataset = tokenize_conversations(load_conversations(write([row]), images, strict=True), processor)
+    assert dataset[0]["input_ids"].count(processor.image_token_id) == IMAGE_TOKENS
+    assert "What does <image> mean?" in processor.decode(dataset[0]["input_ids"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_set_in_the_layout_of_the_hub(tmp_path, streaming):
+    rows = [
+        {"messages": [{"role": m["role"], "content": m["content"]} for m in row["conversations"]], "images": pictures}
+        for row, pictures in zip(ROWS, [["red"], ["red", "blue"], []], strict=True)
+    ]
+    for row in rows:
+        row["images"] = [make_image(colour) for colour in row["images"]]
+    features = Features(
+        {"messages": [{"role": Value("string"), "content": Value("string")}], "images": [ImageFeature()]},
+    )
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    dataset = list(load_conversations(tmp_path / "hub", streaming=streaming))
+    assert [colours(row["images"]) for row in dataset] == [["red"], ["red", "blue"], []]
+    assert [row["conversations"][0]["content"] for row in dataset] == [row["conversations"][0]["content"] for row in ROWS]
+
+
+@pytest.mark.parametrize("folder", ["", "inner/"])
+def test_zip_archives(write, images, tmp_path, folder):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in images.iterdir():
+            file.write(path, folder + path.name)
+    data_file = write([*ROWS, chat("<image>", image="missing.png")])
+    report = DataReport()
+    dataset = load_conversations(data_file, archive, max_dropped=0.5, report=report)
+    assert [colours(row["images"]) for row in dataset] == [["red"], ["red", "blue"], []]
+    assert report.dropped == {"missing image": 1}
+    with pytest.raises(ValueError, match=r"'\.\./a\.png' leads out"):
+        load_conversations(write([chat("<image>", image="../a.png")]), archive)
+
+
+def test_several_files_and_patterns(write, images, tmp_path):
+    for index, row in enumerate(ROWS):
+        write([row], f"part-{index}.jsonl")
+    expected = [contents([row]) for row in ROWS]
+    for files in (str(tmp_path / "part-*.jsonl"), [tmp_path / f"part-{i}.jsonl" for i in range(3)]):
+        dataset = load_conversations(files, images)
+        assert [contents(dataset, i) for i in range(3)] == expected
+
+
+def test_streaming_gives_the_same_rows_and_splits_between_processes(write, images, processor):
+    from datasets.distributed import split_dataset_by_node
+
+    files = [write(ROWS, "a.jsonl"), write([*SAMPLES, chat("<image>", image="missing.png")], "b.jsonl")]
+    expected = list(tokenize_conversations(load_conversations(files, images, max_dropped=0.5), processor))
+    streamed = tokenize_conversations(load_conversations(files, images, streaming=True), processor)
+    assert isinstance(streamed, IterableDataset)
+    assert list(streamed) == expected
+    for nodes in (2, 3):
+        parts = [list(split_dataset_by_node(streamed, rank, nodes)) for rank in range(nodes)]
+        assert sorted((row for part in parts for row in part), key=str) == sorted(expected, key=str)
+
+
+# ── Repairs, drops, refusals ──
+
+
+def test_the_described_samples_as_they_stand(write, images, processor):
+    report = DataReport()
+    dataset = load_conversations(write(SAMPLES), images, report=report)
+    assert contents(dataset, 2)[0] == "context: Source Image: <image> Target Image: <image> What is the instruction?"
+    assert [colours(row["images"]) for row in dataset] == [["red"], ["blue"], ["red", "blue"]]
+    assert (report.rows, report.kept, report.images) == (3, 3, 4)
+    assert report.repaired == {"<image> without an image: the last ones were removed": 1}
+    assert "repaired         1  <image> without an image" in str(report)
+    tokens = tokenize_conversations(dataset, processor)
+    assert [row["input_ids"].count(processor.image_token_id) // IMAGE_TOKENS for row in tokens] == [1, 1, 2]
+    with pytest.raises(ValueError, match=r"data.jsonl, line 3: 3 <image> placeholders, but 2 images"):
+        load_conversations(write(SAMPLES), images, strict=True)
+
+
+def test_images_without_placeholders_go_to_the_front(write, images):
+    question = [{"role": "system", "content": "Look"}, *chat("a <image> b")["conversations"]]
+    rows = [{"conversations": question, "image": "red.png, blue.png,lime.png"}]
+    report = DataReport()
+    dataset = load_conversations(write(rows), images, report=report)
+    assert contents(dataset) == ["Look", "<image><image>\na <image> b", "red"]
+    assert colours(dataset[0]["images"]) == ["blue", "lime", "red"]  # red keeps its place in the sentence
+    assert report.repaired == {"images without <image>: put at the front": 1}
+    with pytest.raises(ValueError, match="line 1: 1 <image> placeholders, but 3 images"):
+        load_conversations(write(rows), images, strict=True)
+
+
+def test_rows_with_missing_or_corrupt_images_are_dropped_and_counted(write, images):
+    whole = io.BytesIO()
+    Image.fromarray(np.random.randint(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
+    (images / "cut.jpg").write_bytes(whole.getvalue()[:-300])
+    (images / "text.jpg").write_text("no picture")
+    bad = [chat("<image>", image=name) for name in ("cut.jpg", "text.jpg", "nowhere.jpg")]
+    rows = [*[chat(f"<image>{i}", image="red.png") for i in range(97)], *bad]
+    report = DataReport()
+    dataset = load_conversations(write(rows), images, max_dropped=0.03, report=report)
+    assert len(dataset) == 97
+    assert [contents(dataset, i)[0] for i in range(97)] == [f"<image>{i}" for i in range(97)]
+    assert (report.rows, report.kept, report.images) == (100, 97, 97)
+    assert report.dropped == {"corrupt image": 2, "missing image": 1}
+    assert "line 100: " in report.examples[2]
+    for options in ({"max_dropped": 0.02}, {}):
+        with pytest.raises(ValueError, match=r"(?s)3 of 100 rows have missing or corrupt images.*line 98: .*cut\.jpg"):
+            load_conversations(write(rows), images, **options)
+    with pytest.raises(ValueError, match=r"line 98: .*cut\.jpg'"):
+        load_conversations(write(rows), images, max_dropped=0.5, strict=True)
+
+
+def test_a_stream_stops_when_too_many_images_are_bad(write, images):
+    rows = [chat("<image>", image="nowhere.png") for _ in range(30)]
+    with pytest.raises(ValueError, match="11 of 1,000 rows have missing or corrupt images"):
+        list(load_conversations(write(rows), images, streaming=True))
+
+
+def test_a_mended_image_is_looked_at_again(write, images):
+    data_file = write([chat("<image>", image="red.png"), chat("<image>", image="late.png")])
+    assert len(load_conversations(data_file, images, max_dropped=0.5)) == 1
+    (images / "late.png").write_bytes(encoded("blue"))
+    assert len(load_conversations(data_file, images)) == 2
+    (images / "red.png").write_bytes(b"broken")
+    assert len(load_conversations(data_file, images, max_dropped=0.5)) == 1
+    data_file = write([chat("Hi")])
+    assert contents(load_conversations(data_file, images)) == ["Hi", "red"]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "{root}/secret.png", "link.png", "folder/secret.png"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_out_of_the_image_folder_are_refused(write, images, tmp_path, name, streaming):
+    (tmp_path / "secret.png").write_bytes(encoded("red"))
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    (images / "folder").symlink_to(tmp_path)
+    data_file = write([chat("<image>", image="red.png"), chat("<image>", image=name.format(root=tmp_path))])
+    with pytest.raises(ValueError, match=r"line 2: .*leads? out of"):
+        list(load_conversations(data_file, images, max_dropped=1, streaming=streaming))
+
+
+def test_links_inside_the_folder_are_fine(write, images, tmp_path):
+    (images / "link.png").symlink_to(images / "red.png")
+    (tmp_path / "other name").symlink_to(images)
+    dataset = load_conversations(write([chat("<image>", image="link.png")]), tmp_path / "other name")
+    assert colours(dataset[0]["images"]) == ["red"]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ("{'conversations': []}", "not valid JSON .*Expecting property name"),
+        ('{"conversations": [', "not valid JSON"),
+        ("{", "a row must be one object on one line"),
+        ("[1]", "expected an object with the key 'conversations', got list"),
+        ({"text": "Hi"}, "expected the key 'conversations' or 'messages', got the keys 'text'"),
+        ({"conversations": []}, "expected a list of messages, and at least one"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "expected messages with 'role' and 'content', got .*human"),
+        ({"conversations": [{"role": "robot", "content": "Hi"}]}, "unknown role 'robot': expected system, user, assistant"),
+        ({"conversations": [{"role": "user", "content": 5}]}, "expected a string or a list as content, got int"),
+        ({"conversations": [{"role": "user", "content": [{"type": "video"}]}]}, "type 'text' or 'image', got .*video"),
+        (chat("<image>", image=5), "expected images as file names or bytes, got int"),
+        (chat("a \ud800 b"), "surrogate"),
+        ('{"conversations": [{"role": "user", "content": "a \\ud800 b"}]}', "surrogate"),
+    ],
+)
+def test_rows_of_another_form_are_named(write, images, row, error):
+    if "surrogate" in error and not isinstance(row, str):
+        row = json.dumps(row)
+    data_file = write([ROWS[0], "", row])
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=rf"data\.jsonl, line 3: .*{error}"):
+            list(load_conversations(data_file, images, streaming=streaming))
+
+
+def test_bad_bytes_are_named(write, images):
+    data_file = write(ROWS)
+    data_file.write_bytes(data_file.read_bytes() + b'{"conversations": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"line 4: the line is not valid JSON \('utf-8' codec"):
+        load_conversations(data_file, images)
+
+
+def test_bad_files_are_named(write, images, tmp_path):
+    data_file = write(ROWS)
+    for missing in (tmp_path / "nowhere.jsonl", str(tmp_path / "*.csv")):
+        with pytest.raises(FileNotFoundError, match=r"There is no data file '"):
+            load_conversations(missing, images)
+    with pytest.raises(FileNotFoundError, match="There is no image folder or zip archive"):
+        load_conversations(data_file, tmp_path / "no folder")
+    with pytest.raises(ValueError, match="expected a folder of images or a zip archive"):
+        load_conversations(data_file, data_file)
+    with pytest.raises(ValueError, match=r"line 1: .*'red\.png', but no image folder was given"):
+        load_conversations(data_file)
+    with pytest.raises(ValueError, match="There are no rows"):
+        load_conversations(write(["", ""]), images)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 is not enough")
+    with pytest.raises(ValueError, match=r"bad\.parquet: the Parquet file is damaged"):
+        load_conversations(tmp_path / "bad.parquet")
+
+
+# ── Tokens ──
+
+
+def test_tokens_are_the_processors_and_labels_are_what_the_assistant_says(write, images, processor):
+    dataset = tokenize_conversations(load_conversations(write(ROWS), images), processor)
+    assert dataset.column_names == ["input_ids", "labels", "images", "length"]
     said = []
     for row, sample in zip(ROWS, dataset, strict=True):
         prompt = processor.apply_chat_template(row["conversations"])
         outputs = processor(text=prompt, images=sample["images"] or None)
         assert sample["input_ids"] == list(outputs["input_ids"][0])
-        assert len(sample["labels"]) == len(sample["input_ids"])
+        assert sample["length"] == len(sample["labels"]) == len(sample["input_ids"])
         learned = [(token, label) for token, label in zip(sample["input_ids"], sample["labels"], strict=True) if label != -100]
         assert all(token == label for token, label in learned)
         said.append(processor.decode([label for _, label in learned]))
     assert said == ["red<|im_end|>\n一<|im_end|>\n", "a dog<|im_end|>\n", "lazy<|im_end|>\n"]
 
 
-def test_image_tokens_are_never_labels(files, processor):
-    conversation = [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": "<image>!"}]
-    row = {"conversations": conversation, "image": "red.png"}
-    dataset = tokenize_conversations(load_conversations(*files([row])), processor)
+def test_image_tokens_are_never_labels(write, images, processor):
+    dataset = tokenize_conversations(load_conversations(write([chat("Draw", "<image>!", image="red.png")]), images), processor)
     assert dataset[0]["input_ids"].count(processor.image_token_id) == IMAGE_TOKENS
     assert processor.image_token_id not in dataset[0]["labels"]
 
 
-def test_collator_pads_on_the_right_and_keeps_the_order_of_images(files, processor):
-    dataset = tokenize_conversations(load_conversations(*files(ROWS)), processor)
-    batch = MiniMindVCollator(processor)([dataset[i] for i in range(3)])
-    longest = max(len(ids) for ids in dataset["input_ids"])
-    for i in range(3):
-        length = len(dataset[i]["input_ids"])
-        padding = longest - length
-        assert batch["input_ids"][i].tolist() == dataset[i]["input_ids"] + [processor.tokenizer.pad_token_id] * padding
-        assert batch["labels"][i].tolist() == dataset[i]["labels"] + [-100] * padding
-        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * padding
-    colours = ["red", "red", "blue"]
-    expected = processor.image_processor([make_image(colour) for colour in colours], return_tensors="pt")["pixel_values"]
-    assert torch.equal(batch["pixel_values"], expected)
-    assert batch["pixel_values"].shape == (3, 3, IMAGE_SIZE, IMAGE_SIZE)
+def test_an_image_of_one_token(write, images):
+    processor = MiniMindVProcessor(make_image_processor(), make_tokenizer(), image_seq_length=1)
+    dataset = tokenize_conversations(load_conversations(write(ROWS), images), processor)
+    assert [row["input_ids"].count(processor.image_token_id) for row in dataset] == [len(row["images"]) for row in dataset]
 
 
-def test_collator_without_images(files, processor):
-    dataset = tokenize_conversations(load_conversations(*files(ROWS[2:])), processor)
-    assert "pixel_values" not in MiniMindVCollator(processor)([dataset[0]])
+def test_truncation_never_cuts_inside_an_image(write, images, processor):
+    turns = chat("<image>Hi", "red", image="red.png, blue.png, lime.png")
+    turns["conversations"] += chat("<image> and <image>", "blue")["conversations"]
+    loaded = load_conversations(write([turns]), images)
+    whole = tokenize_conversations(loaded, processor)[0]
+    first_answer = next(i for i, label in enumerate(whole["labels"]) if label != -100)
+    seen = set()
+    for max_length in range(first_answer + 1, whole["length"] + 1):
+        cut = tokenize_conversations(loaded, processor, max_length)[0]
+        assert cut["length"] <= max_length
+        assert cut["input_ids"] == whole["input_ids"][: cut["length"]]
+        assert cut["labels"] == whole["labels"][: cut["length"]]
+        image_tokens = cut["input_ids"].count(processor.image_token_id)
+        assert image_tokens == len(cut["images"]) * IMAGE_TOKENS
+        assert cut["images"] == whole["images"][: len(cut["images"])]
+        # As long as possible: the next token would be too much, or is an image that does not fit
+        assert cut["length"] == max_length or whole["input_ids"][cut["length"]] == processor.image_token_id
+        seen.add(len(cut["images"]))
+    assert seen == {1, 2, 3}
 
 
-def test_unreadable_image_is_named(files, processor):
-    data_file, images = files(ROWS)
-    (images / "blue.png").write_text("no picture")
-    dataset = tokenize_conversations(load_conversations(data_file, images), processor)
-    with pytest.raises(ValueError, match=r"Cannot read the image .*blue\.png: the file is not a picture"):
-        MiniMindVCollator(processor)([dataset[1]])
+def test_samples_that_do_not_fit_are_dropped_and_counted(write, images, processor):
+    rows = [
+        chat("Hi"),
+        chat("Hi " * 100),
+        chat("Hi", "lazy dog " * 100),
+        {"conversations": [{"role": "user", "content": "Hi"}]},
+    ]
+    report = DataReport()
+    dataset = tokenize_conversations(load_conversations(write(rows), images, report=report), processor, 64, report=report)
+    assert len(dataset) == 2
+    assert dataset["length"][:] == [len(row["input_ids"]) for row in dataset]
+    assert dataset["length"][1] == 64
+    assert (report.rows, report.kept) == (4, 2)
+    assert report.dropped == {"the prompt alone exceeds max_length": 1, "the assistant says nothing": 1}
+    assert report.repaired == {"cut at max_length": 1}
+    with pytest.raises(ValueError, match=r"nothing to learn from \(the prompt alone exceeds max_length: 1; max_length=20\)"):
+        tokenize_conversations(load_conversations(write(rows[1:2]), images), processor, 20)
+    with pytest.raises(ValueError, match="max_length=16: an image alone takes 16 tokens"):
+        tokenize_conversations(load_conversations(write(rows), images), processor, 16)
 
 
-def test_bad_input_is_named(files, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no data file '.*nowhere\.jsonl'"):
-        load_conversations(tmp_path / "nowhere.jsonl", tmp_path)
-    data_file, images = files([{"text": "hello"}])
-    with pytest.raises(ValueError, match="expected rows with the key 'conversations', got the keys text"):
-        load_conversations(data_file, images)
-    data_file, images = files([ROWS[2], ROWS[1] | {"image": "red.png"}])
-    with pytest.raises(ValueError, match=r"row 1 \(counted from 0\): 2 <image> placeholders, but 1 images: \['red.png'\]"):
-        load_conversations(data_file, images)
-    with pytest.raises(FileNotFoundError, match="There is no image folder"):
-        load_conversations(data_file, tmp_path / "no folder")
+def test_work_is_done_once(write, images):
+    data_file = write(ROWS)
+
+    def files():
+        processor = make_processor()  # a new one, as in a new process
+        dataset = tokenize_conversations(load_conversations(data_file, images), processor, max_length=100)
+        return [entry["filename"] for entry in dataset.cache_files]
+
+    first = files()
+    times = [os.stat(file).st_mtime_ns for file in first]
+    assert files() == first
+    assert [os.stat(file).st_mtime_ns for file in first] == times
+
+
+def test_several_processes_give_the_same(write, images, processor):
+    data_file = write([*ROWS, *SAMPLES, chat("<image>", image="nowhere.png")])
+    one, two = (
+        list(
+            tokenize_conversations(
+                load_conversations(data_file, images, max_dropped=0.5, num_proc=num_proc), processor, num_proc=num_proc
+            )
+        )
+        for num_proc in (1, 2)
+    )
+    assert len(one) == 6
+    assert one == two
+
+
+# ── Augmentations ──
+
+
+def thinking_processor() -> MiniMindVProcessor:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+
+
+def test_random_system_prompts(write, images):
+    processor = make_processor()
+    with_system = {"conversations": [{"role": "system", "content": "Own"}, *chat("Hi")["conversations"]]}
+    loaded = load_conversations(write([*[chat(f"Hi {i}") for i in range(200)], with_system]), images)
+
+    def systems(**options):
+        texts = processor.batch_decode(tokenize_conversations(loaded, processor, **options)["input_ids"][:])
+        return [text.split("system\n")[1].split("<|im_end|>")[0] for text in texts]
+
+    assert systems() == ["You are a helpful assistant"] * 200 + ["Own"]
+    drawn = systems(random_system=0.2)
+    assert 20 < sum(text in SYSTEM_PROMPTS for text in drawn) < 65
+    assert len({text for text in drawn if text in SYSTEM_PROMPTS}) == len(SYSTEM_PROMPTS)
+    assert systems(random_system=0.2) == drawn
+    assert systems(random_system=0.2, seed=1) != drawn
+    assert all(text in SYSTEM_PROMPTS for text in systems(random_system=1)[:-1])
+    assert drawn[-1] == systems(random_system=1)[-1] == "Own"
+    with pytest.raises(ValueError, match=r"random_system=2: expected a probability"):
+        tokenize_conversations(loaded, processor, random_system=2)
+
+
+def test_empty_thinking_blocks_can_be_left_out(write, images):
+    processor = thinking_processor()
+    thoughtful = chat("Hi", "<think>\nhm\n</think>\n\nred")
+    reasoned = chat("Hi")
+    reasoned["conversations"][1]["reasoning_content"] = "hm"
+    empty = chat("Hi", "<think>\n\n</think>\n\nred")
+    loaded = load_conversations(write([*[chat("Hi")] * 100, empty, thoughtful, reasoned]), images)
+
+    def answers(**options):
+        labels = tokenize_conversations(loaded, processor, **options)["labels"][:]
+        return [processor.decode([label for label in row if label != -100]).removesuffix("<|im_end|>\n") for row in labels]
+
+    block, thought = "<think>\n\n</think>\n\nred", "<think>\nhm\n</think>\n\nred"
+    assert answers() == [block] * 101 + [thought] * 2
+    assert answers(drop_empty_thinking=1) == ["red"] * 101 + [thought] * 2
+    drawn = answers(drop_empty_thinking=0.8)
+    assert 65 < drawn[:100].count("red") < 95
+    assert drawn[:101].count("red") + drawn[:101].count(block) == 101
+    other = MiniMindVProcessor(make_image_processor(), make_tokenizer(), chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match="chat template does not know this option"):
+        tokenize_conversations(loaded, other, drop_empty_thinking=0.8)

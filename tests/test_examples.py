@@ -51,11 +51,20 @@ def test_chat_answers_about_a_picture(quickstart):
     assert "Cannot read image 0 of sample 0 (nowhere.jpg): there is no such file" in missing.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "chat.py", "evaluate.py"])
-def test_help(script):
+@pytest.mark.parametrize(
+    ("script", "launcher"),
+    [
+        ("quickstart.py", "python"),
+        ("chat.py", "python"),
+        ("evaluate.py", "python"),
+        ("pretrain.py", "accelerate launch"),
+        ("../benchmarks/training.py", "python"),
+    ],
+)
+def test_help(script, launcher):
     done = run(script, "--help")
     assert done.returncode == 0
-    assert "python examples/" + script in done.stdout
+    assert f"{launcher} {Path('examples', script).as_posix().removeprefix('examples/../')}" in done.stdout
 
 
 def test_no_scene_is_in_both_files(tmp_path):

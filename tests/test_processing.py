@@ -197,7 +197,7 @@ def test_every_source_gives_the_same_pixels(processor, tmp_path):
     tensor = torch.from_numpy(array.copy())
     sources = [image, array, tensor, array.transpose(2, 0, 1), tensor.permute(2, 0, 1)]
     sources += [array / 255.0, tensor / 255.0, str(path), path, encoded]
-    sources += [f"data:image/png;base64,{encoded}"]
+    sources += [f"data:image/png;base64,{encoded}", path.read_bytes()]
     expected = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
     for source in sources:
         actual = processor(text="<image>", images=[source], return_tensors="pt")["pixel_values"]

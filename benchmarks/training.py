@@ -1,0 +1,374 @@
+"""How fast training goes from files on disk, beside stock transformers, and where the time goes.
+
+    python benchmarks/training.py --steps 6
+
+Draws data shaped like MiniMind-V's (JPEGs of 256 pixels, 196 image tokens, 20 to 300 text tokens), and trains MiniMind2-V small
+on it in five ways, each in a process of its own so that its peak memory is its own:
+
+    stock       transformers' LLaVA of the same size, default Trainer settings, padded to the maximum length
+    unpacked    MiniMindVTrainer with dynamic padding
+    grouped     the same, samples of like length together
+    packed      the same as unpacked, but several samples in a row
+    kept        grouped, with the frozen encoder's output kept on disk: what every epoch after the first costs
+
+On a processor that others use too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and
+writes it as JSON, with what it was measured on.
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers import __version__ as transformers_version
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.collator import MiniMindVCollator
+from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.features import CachedFeaturesCollator, encode_images
+from minimind_v_hf.metering import matmul_rate, training_flops
+from minimind_v_hf.packing import pack
+from minimind_v_hf.recipe import has_fast_bf16, native_recipe
+from minimind_v_hf.training import MiniMindVTrainer, freeze
+
+
+WAYS = ("stock", "unpacked", "grouped", "packed", "kept")
+STAGES = {
+    "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16, "pack_length": 1280},
+    "sft": {"trainable": "llm", "max_length": 1536, "batch": 4, "pack_length": 1536},
+}
+WARM_UP = 1  # steps that are not measured
+
+
+# ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_data(folder: Path, rows: int) -> None:
+    """JPEGs with structure and noise, and conversations of 20 to 300 text tokens about them, template included."""
+    rng = random.Random(0)
+    noise = np.random.default_rng(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))) for _ in range(4000)]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    train_tokenizer(words).save_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for number in tqdm(range(rows), desc="Drawing data", unit="row"):
+            coarse = Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((256, 256))
+            pixels = np.asarray(coarse, dtype=np.int16) + noise.integers(-12, 13, (256, 256, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{number}.jpg", quality=90)
+            text: list[str] = []
+            wanted = rng.randint(20, 300) - 18  # what the template takes, about
+            while len(tokenizer(" ".join(text)).input_ids) < wanted:
+                text.append(rng.choice(words))
+            cut = min(len(text) // 3, 12)
+            turns = [
+                {"role": "user", "content": "<image>\n" + " ".join(text[:cut])},
+                {"role": "assistant", "content": " ".join(text[cut:])},
+            ]
+            file.write(json.dumps({"conversations": turns, "image": f"{number}.jpg"}) + "\n")
+
+
+def train_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 6400 entries, MiniMind's number."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(words)] * 2, trainer)
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+# ── The contestants ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stopwatch(TrainerCallback):
+    """The time from the end of the warm-up to the end of the last step: by the clock, and of this process on the processor."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = (time.perf_counter(), time.process_time())
+        if state.global_step == WARM_UP:
+            self.started = now
+        self.ended = now
+
+
+class Counter:
+    """A collator around a collator, which counts what comes out of it after the warm-up."""
+
+    def __init__(self, collate, pad_token_id: int, skip: int):
+        self.collate, self.pad_token_id, self.skip = collate, pad_token_id, skip
+        self.batches: list[tuple[int, int, int]] = []
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        samples = sum(len(row["samples"]) if "samples" in row else 1 for row in rows)
+        ids = batch["input_ids"]
+        self.batches.append((samples, int((ids != self.pad_token_id).sum()), ids.numel()))
+        return batch
+
+    def measured(self) -> tuple[int, int, int]:
+        return tuple(map(sum, zip(*self.batches[self.skip :], strict=True)))  # type: ignore[return-value]
+
+
+def make_processor(folder: Path) -> MiniMindVProcessor:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    return MiniMindVProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=196)
+
+
+def make_model(processor: MiniMindVProcessor) -> MiniMindVForConditionalGeneration:
+    torch.manual_seed(0)
+    config = MiniMindVConfig.from_preset("minimind2-v-small", image_token_id=processor.image_token_id)
+    return MiniMindVForConditionalGeneration(config)
+
+
+def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple[Trainer, Counter]:
+    """As a user of transformers would write it: a processor call for each batch, and everything by default."""
+    ours = make_processor(folder)
+    text = MiniMindVConfig.from_preset("minimind2-v-small").text_config
+    shape = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    llama = LlamaConfig(
+        **{name: getattr(text, name) for name in shape}, rms_norm_eps=text.rms_norm_eps, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(image_size=224, patch_size=16),
+            text_config=llama,
+            image_token_index=ours.image_token_id,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(),
+        ours.tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=ours.tokenizer.image_token,
+    )
+
+    def collate(rows):
+        prompts = ours.apply_chat_template([row["conversations"] for row in rows])
+        images = [[Image.open(name).convert("RGB") for name in row["images"]] for row in rows]
+        options = {"padding": "max_length", "max_length": stage["max_length"], "padding_side": "right", "return_tensors": "pt"}
+        batch = processor(text=prompts, images=images, **options)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"] = labels.masked_fill(labels == ours.image_token_id, -100)
+        return dict(batch)
+
+    counter = Counter(collate, ours.tokenizer.pad_token_id, WARM_UP)
+    args = TrainingArguments(
+        output_dir=str(folder / "stock"),
+        max_steps=arguments.steps + WARM_UP,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,  # or the pictures are lost
+        use_cpu=not torch.cuda.is_available(),
+    )
+    data = load_conversations(folder / "train.jsonl", folder / "images")
+    return Trainer(model=model, args=args, train_dataset=data, data_collator=counter), counter
+
+
+def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str) -> tuple[Trainer, Counter]:
+    processor = make_processor(folder)
+    model = make_model(processor)
+    freeze(model, stage["trainable"])
+    data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
+    bf16 = has_fast_bf16()
+    collator = MiniMindVCollator(processor, uint8_pixels=way != "kept")
+    if way == "kept":
+        if torch.cuda.is_available():
+            model.cuda()
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        collator = CachedFeaturesCollator(collator, encode_images(model, collator, [data], folder / "features", dtype))
+    batch_size = stage["batch"]
+    if way == "packed":
+        data = pack(data, stage["pack_length"])
+        batch_size = max(1, batch_size * 380 // stage["pack_length"])  # a sample has 380 tokens or so
+    counter = Counter(collator, processor.tokenizer.pad_token_id, WARM_UP)
+    args = TrainingArguments(
+        **native_recipe()
+        | {
+            "output_dir": str(folder / way),
+            "max_steps": arguments.steps + WARM_UP,
+            "per_device_train_batch_size": batch_size,
+            "train_sampling_strategy": "group_by_length" if way in ("grouped", "kept") else "random",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_num_workers": 0,  # the counter counts in this process
+            "logging_steps": arguments.steps + WARM_UP,
+        }
+    )
+    trainer = MiniMindVTrainer(model=model, args=args, train_dataset=data, data_collator=counter, processing_class=processor)
+    return trainer, counter
+
+
+def measure(way: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Train in one way, in this process."""
+    stage = STAGES[arguments.stage]
+    trainer, counter = run_stock(folder, stage, arguments) if way == "stock" else run_ours(folder, stage, arguments, way)
+    watch = Stopwatch()
+    trainer.add_callback(watch)
+    trainer.train()
+    seconds, cpu_seconds = (end - start for start, end in zip(watch.started, watch.ended, strict=True))
+    samples, tokens, positions = counter.measured()
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "samples_per_second": samples / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gigabytes": peak / 1e9,
+        "padding_share": 1 - tokens / positions,
+        "cpu_seconds_per_sample": cpu_seconds / samples,
+    }
+
+
+# ── Where the time goes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def profile(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds a sample in each part of an unpacked step, by hand; and the least that the FLOPs alone would take."""
+    stage, device = STAGES[arguments.stage], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = make_processor(folder)
+    model = make_model(processor).to(device).train()
+    freeze(model, stage["trainable"])
+    data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
+    collator = MiniMindVCollator(processor)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    seconds = dict.fromkeys(("decode and collate", "encode", "decoder and loss forward", "backward", "optimiser"), 0.0)
+    bf16 = has_fast_bf16()
+    # A processor may be shared, and other work is not ours to count
+    clock_of_device = time.perf_counter if device.type == "cuda" else time.process_time
+
+    def lap(name: str, started: float, counted: bool) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = clock_of_device()
+        if counted:
+            seconds[name] += now - started
+        return now
+
+    samples = flops = 0.0
+    for step in range(arguments.steps + WARM_UP):
+        counted, clock = step >= WARM_UP, clock_of_device()
+        first = step * stage["batch"]
+        batch = collator([data[index % len(data)] for index in range(first, first + stage["batch"])])
+        clock = lap("decode and collate", clock, counted)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            pixels = batch.pop("pixel_values")
+            images = model.get_image_features(pixels, return_dict=True)
+            clock = lap("encode", clock, counted)
+            loss = model(**batch, mm_encoder_outputs={"image": images}, skip_logits=True, use_cache=False).loss
+        clock = lap("decoder and loss forward", clock, counted)
+        loss.backward()
+        clock = lap("backward", clock, counted)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lap("optimiser", clock, counted)
+        if counted:
+            lengths = batch["attention_mask"].sum(1)
+            each = training_flops(model)
+            flops += each["token"] * float(lengths.sum()) + each["pair"] * float((lengths * (lengths + 1) / 2).sum())
+            flops += each["label"] * float((batch["labels"] != -100).sum()) + each["image"] * len(pixels)
+            samples += stage["batch"]
+    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32, clock_of_device)
+    floor = flops / samples / rate
+    return {**{name: value / samples for name, value in seconds.items()}, "FLOPs at the matrix rate": floor}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="steps to measure, after a warm-up (default: %(default)s)")
+    parser.add_argument("--stage", choices=STAGES, default="pretrain", help="whose recipe (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=512, help="rows of data (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-training"), help="folder (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to measure (default: all)")
+    parser.add_argument("--only", choices=[*WAYS, "profile"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    data = arguments.output / f"data-{arguments.rows}"
+    if arguments.only:
+        result = profile(data, arguments) if arguments.only == "profile" else measure(arguments.only, data, arguments)
+        (arguments.output / f"{arguments.only}.json").write_text(json.dumps(result))
+        return
+
+    if not (data / "train.jsonl").exists():
+        write_data(data, arguments.rows)
+    results = {}
+    for only in [*arguments.ways, "profile"]:
+        print(f"Measuring: {only}", flush=True)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", only], check=True)
+        results[only] = json.loads((arguments.output / f"{only}.json").read_text())
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}"
+    about = {
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "stage": arguments.stage,
+        "steps": arguments.steps,
+    }
+    (arguments.output / "results.json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+
+    print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
+    columns = ("", "samples/s", "of stock", "CPU s/sample", "of stock", "tokens/s", "peak memory", "padding")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    base = results.get("stock")
+    for way in arguments.ways:
+        row = results[way]
+        by_clock = f"{row['samples_per_second'] / base['samples_per_second']:.1f} x" if base else ""
+        by_work = f"{base['cpu_seconds_per_sample'] / row['cpu_seconds_per_sample']:.1f} x" if base else ""
+        print(
+            f"| {way} | {row['samples_per_second']:.2f} | {by_clock} | {row['cpu_seconds_per_sample']:.2f} | {by_work} "
+            f"| {row['tokens_per_second']:,.0f} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |"
+        )
+    print("\n| a sample, unpacked | ms (on a processor, of its own time) |\n|---|---|")
+    for name, value in results["profile"].items():
+        print(f"| {name} | {1000 * value:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

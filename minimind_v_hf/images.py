@@ -1,0 +1,140 @@
+"""The pictures of a data set: finds them in a folder or a zip archive, reads them, and says what is wrong with one.
+
+Names come from data that somebody else wrote, so none may lead out of the folder.
+"""
+
+import functools
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from .processing_minimind_v import load_image
+
+
+_ZIP_SCHEME = "zip://"
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """A folder or a zip archive that the names of images are relative to.
+
+    Args:
+        root: the real path of the folder or archive; `open_image_store` finds it.
+    """
+
+    root: str
+
+    def resolve(self, name: str) -> str:
+        """Where the picture of this name is: a path, or `zip://MEMBER::ARCHIVE`.
+
+        Raises:
+            ValueError: the name is absolute or climbs with `..`.
+        """
+        path = PureWindowsPath(name)  # which takes both kinds of slashes for what they are
+        if path.anchor or ".." in path.parts:
+            raise ValueError(f"the image {name!r} leads out of {self.root!r}: expected a relative path without '..'")
+        if os.path.isdir(self.root):
+            return os.path.join(self.root, name)
+        members, folder = _members(_archive(self.root))
+        return f"{_ZIP_SCHEME}{name if name in members else folder + name}::{self.root}"
+
+    def state(self) -> tuple[int, int] | None:
+        """Size and time of an archive: what `resolve` depends on beyond the root."""
+        status = os.stat(self.root)
+        return None if os.path.isdir(self.root) else (status.st_size, status.st_mtime_ns)
+
+    def contains(self, source: str) -> bool:
+        """Whether a resolved path is inside the folder when every symbolic link is followed."""
+        return source.startswith(_ZIP_SCHEME) or os.path.realpath(source).startswith(os.path.join(self.root, ""))
+
+
+def open_image_store(path: str | os.PathLike) -> ImageStore:
+    """The folder or zip archive at this path.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is neither.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no image folder or zip archive {os.fspath(path)!r}.")
+    if not os.path.isdir(path) and not zipfile.is_zipfile(path):
+        raise ValueError(f"{os.fspath(path)}: expected a folder of images or a zip archive.")
+    return ImageStore(os.path.realpath(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _open_archive(path: str, changed: int, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _archive(path: str) -> zipfile.ZipFile:
+    # Opened once in each process: forked ones would share the position in the file
+    return _open_archive(path, os.stat(path).st_mtime_ns, os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _members(archive: zipfile.ZipFile) -> tuple[frozenset[str], str]:
+    """The names in an archive, and the one folder that holds them all (as when a folder was zipped), or ''."""
+    names = frozenset(archive.namelist())
+    folders = {name.partition("/")[0] for name in names}
+    return names, folders.pop() + "/" if len(folders) == 1 and all("/" in name for name in names) else ""
+
+
+def read_image_file(source: str | bytes) -> bytes:
+    """The encoded bytes behind a source: a path, `zip://MEMBER::ARCHIVE`, or already bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such member in the archive.
+        ValueError: the archive is damaged or encrypted, or the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        if not source.startswith(_ZIP_SCHEME):
+            return Path(source).read_bytes()
+        member, _, archive = source.removeprefix(_ZIP_SCHEME).rpartition("::")
+        return _archive(archive).read(member)
+    except (FileNotFoundError, KeyError, IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError("there is no such file") from error
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read_image(source: Any, min_size: int | None = None) -> Image.Image:
+    """`load_image` for whatever a data set's `images` column holds: `zip://MEMBER::ARCHIVE` too.
+
+    Raises:
+        ValueError: the picture cannot be read; the message names it.
+    """
+    try:
+        if isinstance(source, str) and source.startswith(_ZIP_SCHEME):
+            return load_image(read_image_file(source), min_size)
+        return load_image(source, min_size)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"Cannot read the image {describe(source)}: {error}") from error
+
+
+def find_problem(source: str | bytes, store: ImageStore | None) -> tuple[str, str] | None:
+    """What is wrong with a picture: ("outside", "missing" or "corrupt", reason), or None.
+
+    It is decoded to its last byte, which for a JPEG costs a third of full decoding: the smallest of its sizes is asked for.
+    """
+    if isinstance(source, str) and store is not None and not store.contains(source):
+        return "outside", f"{describe(source)}: a symbolic link leads out of {store.root!r}"
+    try:
+        load_image(read_image_file(source), min_size=1)
+    except FileNotFoundError as error:
+        return "missing", f"{describe(source)}: {error}"
+    except ValueError as error:
+        return "corrupt", f"{describe(source)}: {error}"
+    return None
+
+
+def describe(source: Any) -> str:
+    """A source in an error message."""
+    return repr(source) if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"

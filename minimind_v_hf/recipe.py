@@ -1,0 +1,311 @@
+"""What a training script is told and starts from: the native recipe as defaults, the command line, and the first model."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    HfArgumentParser,
+    ProcessorMixin,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_tensorboard_available
+
+# From its module, since transformers 5.16 does not export it where torchvision is missing
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.trainer_utils import get_last_checkpoint
+
+from .collator import MiniMindVCollator
+from .configuration_minimind_v import MiniMindVConfig
+from .data import DataReport, load_conversations, tokenize_conversations
+from .features import CachedFeaturesCollator, encode_images
+from .modeling_minimind_v import MiniMindVForConditionalGeneration
+from .packing import pack
+from .processing_minimind_v import MiniMindVProcessor
+from .training import TRAINABLE
+
+
+@dataclass
+class RunArguments:
+    """What a training script asks for beyond `TrainingArguments`."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model to start from, with its processor; or give --config."}
+    )
+    config: str | None = field(
+        default=None,
+        metadata={"help": "For fresh weights: the name of a preset, or folder or Hub id of a MiniMind-V configuration."},
+    )
+    processor: str | None = field(
+        default=None, metadata={"help": "With --config: folder or Hub id of a MiniMind-V processor, or of a tokenizer."}
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "With --config: folder or Hub id of the image encoder whose weights to take."}
+    )
+    language_model: str | None = field(
+        default=None, metadata={"help": "With --config: folder or Hub id of the language model whose weights to take."}
+    )
+    data_files: list[str] = field(default_factory=list, metadata={"help": "The training data: files, or patterns of names."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder or zip archive that names of pictures are relative to."}
+    )
+    eval_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Held-out data, for evaluation: by default after each epoch."},
+    )
+    trainable: str = field(
+        default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
+    )
+    max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its pictures; longer ones are cut."})
+    pack_length: int | None = field(
+        default=None,
+        metadata={"help": "Fill rows of so many tokens with several samples each: hardly any padding, more samples in a step."},
+    )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep the frozen encoder's output in: later epochs need no encoder (300 to 600 KB a picture)."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the training data as it is used; needs --max_steps."})
+    strict: bool = field(default=False, metadata={"help": "Stop at rows that would be repaired or dropped."})
+    max_dropped: float = field(default=0.01, metadata={"help": "Share of rows that may be dropped before the run is refused."})
+    random_system: float = field(
+        default=0.0, metadata={"help": "Probability of a random system message where there is none (minimind-3v: 0.2)."}
+    )
+    drop_empty_thinking: float = field(
+        default=0.0, metadata={"help": "Probability of leaving empty thinking blocks out (minimind-3v: 0.8)."}
+    )
+    samples: int = field(
+        default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of pictures with the answers."}
+    )
+    save_encoder: bool = field(default=False, metadata={"help": "Write a frozen encoder into intermediate checkpoints too."})
+
+
+def native_recipe() -> dict[str, Any]:
+    """The `TrainingArguments` that both native stages share, and what makes them practical here."""
+    return {
+        # AdamW, with a cosine from the learning rate to a tenth of it
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "bf16": has_fast_bf16(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "remove_unused_columns": False,
+        # Each process collates for itself: a batch of pictures cannot be sliced into rows
+        "accelerator_config": {"dispatch_batches": False},
+        "dataloader_num_workers": min(4, max(1, (os.cpu_count() or 2) // 2)),
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "report_to": ["tensorboard"] if is_tensorboard_available() else [],
+    }
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse_arguments(stage: dict[str, Any], description: str | None, *others: type, training: type = TrainingArguments) -> tuple:
+    """Read the command line of a training script: an optional YAML or JSON file first, then flags, which win over the file.
+
+    Args:
+        stage: defaults of this stage, for fields of `RunArguments` and `TrainingArguments`, over `native_recipe()`.
+        description: for `--help`.
+        others: more dataclasses, with fields of the script's own.
+        training: a subclass of `TrainingArguments`, in its stead.
+
+    Returns:
+        `RunArguments`, `TrainingArguments`, and one of each of the others.
+    """
+    kinds = (RunArguments, training, *others)
+    # A subclass may have fields that RunArguments has too, as TRL's: both are told
+    parser = HfArgumentParser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
+    parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
+    known = {action.dest for action in parser._actions}
+    defaults = native_recipe() | stage
+    argv = sys.argv[1:]
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        path = argv.pop(0)
+        try:
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"cannot read {path}: {error}")
+        if not isinstance(recipe, dict):
+            parser.error(f"{path}: expected names with values, got {recipe!r}")
+        if unknown := sorted(str(name) for name in recipe if name not in known):
+            parser.error(f"{path}: there is no argument {', '.join(unknown)}")
+        defaults |= recipe
+    parser.set_defaults(**defaults)
+    values = vars(parser.parse_args(argv))
+    # What belongs to native's schedule and precision gives way to another choice of either
+    own_schedule = values["lr_scheduler_type"] != defaults["lr_scheduler_type"]
+    if own_schedule and values["lr_scheduler_kwargs"] is defaults["lr_scheduler_kwargs"]:
+        values["lr_scheduler_kwargs"] = None
+    if values["eval_files"] and values["eval_strategy"] == "no":
+        values["eval_strategy"] = "epoch"
+    if values["fp16"]:
+        values["bf16"] = False
+    if values["ddp_find_unused_parameters"] is None:
+        values["ddp_find_unused_parameters"] = values["trainable"] == "all"  # an encoder's last layers may be of no use
+    try:
+        run, args, *more = parser.parse_dict(values)
+        _check(run, args)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return run, args, *more
+
+
+def _check(run: RunArguments, args: TrainingArguments) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    if (run.model is None) == (run.config is None):
+        raise ValueError("Give either --model, to start from trained weights, or --config, to start from fresh ones.")
+    if run.config is not None and run.processor is None:
+        raise ValueError(f"--config {run.config} needs --processor: the folder of a processor or of a tokenizer.")
+    if not run.data_files:
+        raise ValueError("Give the training data with --data_files, and the folder of its pictures with --image_folder.")
+    if run.trainable not in TRAINABLE:
+        raise ValueError(f"trainable={run.trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    if run.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
+    if run.pack_length is not None and run.pack_length < run.max_length:
+        raise ValueError(
+            f"--pack_length {run.pack_length}: expected at least --max_length, {run.max_length}, for a sample to fit."
+        )
+    if run.cache_features and (run.streaming or run.trainable == "all"):
+        raise ValueError("--cache_features needs a frozen encoder and data that is not streamed.")
+    if not run.eval_files and args.eval_strategy != "no":
+        raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_files: the held-out data.")
+
+
+def make_collator(
+    run: RunArguments,
+    args: TrainingArguments,
+    processor: MiniMindVProcessor,
+    model: MiniMindVForConditionalGeneration,
+    data: "TrainingData",
+) -> MiniMindVCollator | CachedFeaturesCollator:
+    """The collator of a training script: pictures as bytes, or, with `cache_features`, as what the encoder made of them."""
+    if not run.cache_features:
+        return MiniMindVCollator(processor, uint8_pixels=True)
+    collator = MiniMindVCollator(processor)
+    sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    with args.main_process_first(desc="encoding the pictures"):
+        cache = encode_images(model.to(args.device), collator, sets, run.cache_features, dtype)
+    return CachedFeaturesCollator(collator, cache)
+
+
+@dataclass
+class TrainingData:
+    """What a training script reads: rows for the Trainer, held-out rows, and what was counted on the way."""
+
+    train: Any
+    held_out: Any = None
+    held_out_conversations: Any = None
+    reports: dict[str, DataReport] = field(default_factory=dict)
+
+
+def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVProcessor) -> TrainingData:
+    """Read, mend, count and tokenise the training and the held-out data, once for all processes, and pack on demand."""
+    data = TrainingData(train=None, reports={"training": DataReport()})
+    checks: dict[str, Any] = {"strict": run.strict, "max_dropped": run.max_dropped}
+    augmentations: dict[str, Any] = {
+        "random_system": run.random_system,
+        "drop_empty_thinking": run.drop_empty_thinking,
+        "seed": args.seed,
+    }
+    with args.main_process_first(desc="reading the data"):
+        report = data.reports["training"]
+        rows = load_conversations(run.data_files, run.image_folder, streaming=run.streaming, report=report, **checks)
+        data.train = tokenize_conversations(rows, processor, run.max_length, report=report, **augmentations)
+        if run.eval_files:
+            report = data.reports["held out"] = DataReport()
+            data.held_out_conversations = load_conversations(run.eval_files, run.image_folder, report=report, **checks)
+            data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
+    if run.pack_length:
+        data.train = pack(data.train, run.pack_length, args.seed)
+    if args.should_log:
+        for name, report in data.reports.items():
+            print(f"{name}: {report}")
+    return data
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one that was asked for, or the last in the output folder, or None for a new run.
+
+    Raises:
+        ValueError: the output folder holds the model of a finished run, which nobody asked to go on with.
+    """
+    if args.resume_from_checkpoint not in (None, "true", "True", True):
+        return args.resume_from_checkpoint
+    folder = Path(args.output_dir)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    if args.resume_from_checkpoint is None and (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds the model of a finished run: choose another --output_dir, or remove it.")
+    if last is None and args.resume_from_checkpoint is not None:
+        raise ValueError(f"--resume_from_checkpoint: there is no complete checkpoint in {folder}.")
+    if last is not None and args.should_log:
+        print(f"Going on from {last}.")
+    return last
+
+
+def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+    """The model and the processor to start from, as the arguments say: trained ones, or fresh weights put together.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if run.model is not None:
+        processor = AutoProcessor.from_pretrained(run.model)
+        return MiniMindVForConditionalGeneration.from_pretrained(run.model, dtype=torch.float32), processor
+
+    presets = MiniMindVConfig.presets()
+    config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
+    processor = _load_processor(run, config)
+    config.image_token_id = processor.image_token_id
+    if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {run.processor} has {size} tokens, but --config {run.config} has a vocabulary of "
+            f"{config.text_config.vocab_size}."
+        )
+    set_seed(seed)
+    model = MiniMindVForConditionalGeneration(config)
+    if run.vision_tower is not None:
+        tower = AutoModel.from_pretrained(run.vision_tower, dtype=torch.float32)
+        model.model.vision_tower.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
+    if run.language_model is not None:
+        language_model = AutoModelForCausalLM.from_pretrained(run.language_model, dtype=torch.float32)
+        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    return model, processor
+
+
+def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
+    loaded = AutoProcessor.from_pretrained(run.processor)
+    if isinstance(loaded, ProcessorMixin):
+        return loaded
+    if run.vision_tower is not None:
+        image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
+    else:
+        side = config.vision_config.image_size
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return MiniMindVProcessor(image_processor, loaded, image_seq_length=config.image_seq_length)

@@ -1,0 +1,393 @@
+"""Training: what to freeze, and a Trainer with telling metrics and with checkpoints that are light and never half written.
+
+The loop itself, parallelism, precision and logging are those of transformers and accelerate.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .collator import PixelNormalizer
+from .metering import StepMeter, is_frozen
+from .modeling_minimind_v import MiniMindVForConditionalGeneration
+
+
+logger = logging.get_logger(__name__)
+
+TRAINABLE = ("projector", "projector+last", "projector+first_last", "llm", "all")
+"""What can be trained: the projector alone, the projector with the last or the first and last decoder layer, the projector
+with the whole language model, or everything."""
+
+RUN_FILE = "minimind_v_run.json"
+"""In a checkpoint: the global batch size of its run, and which encoder it leaves out."""
+
+ENCODER = "model.vision_tower."
+
+_UNFINISHED = ".unfinished"
+
+
+# ── Freezing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def freeze(model: MiniMindVForConditionalGeneration, trainable: str) -> None:
+    """Let only a part of the model learn.
+
+    Args:
+        model: every `requires_grad` of it is set.
+        trainable: one of `TRAINABLE`.
+
+    Raises:
+        ValueError: another word.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    inner = model.model
+    layers = inner.language_model.layers
+    learning: dict[str, list[nn.Module]] = {
+        "projector": [],
+        "projector+last": [layers[-1]],
+        "projector+first_last": [layers[0], layers[-1]],
+        "llm": [inner.language_model, model.lm_head],
+        "all": [model],
+    }
+    model.requires_grad_(False)
+    for module in (inner.multi_modal_projector, *learning[trainable]):
+        module.requires_grad_(True)
+
+
+def parameter_table(model: MiniMindVForConditionalGeneration) -> str:
+    """Trainable and frozen parameters by part of the model, as text for a terminal."""
+    inner = model.model
+    layers = inner.language_model.layers
+    parts: list[tuple[str, list[nn.Module]]] = [
+        ("vision encoder", [inner.vision_tower]),
+        ("projector", [inner.multi_modal_projector]),
+        ("embeddings", [inner.get_input_embeddings()]),
+        ("first decoder layer", [layers[0]]),
+        ("other decoder layers", list(layers[1:-1])),
+        ("last decoder layer", [layers[-1]] if len(layers) > 1 else []),
+        ("final norm and head", [inner.language_model.norm, model.lm_head]),
+    ]
+    lines = [f"{'part':<22}{'trainable':>14}{'frozen':>14}"]
+    seen: set[int] = set()
+    totals = [0, 0]
+    for name, modules in parts:
+        counts = [0, 0]
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            if id(parameter) not in seen:  # a tied head is counted once, with the embeddings
+                seen.add(id(parameter))
+                counts[not parameter.requires_grad] += parameter.numel()
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        lines.append(f"{name:<22}{counts[0]:>14,}{counts[1]:>14,}")
+    return "\n".join([*lines, f"{'all':<22}{totals[0]:>14,}{totals[1]:>14,}"])
+
+
+# ── Light checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def encoder_digest(model: MiniMindVForConditionalGeneration) -> str:
+    """SHA-256 of the encoder's weights, by which a checkpoint without them knows the right ones again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_checkpoint(
+    folder: str | os.PathLike, encoder: MiniMindVForConditionalGeneration | str | os.PathLike | None = None
+) -> MiniMindVForConditionalGeneration:
+    """Load the model of a training checkpoint, and re-attach the frozen encoder where it was left out.
+
+    Args:
+        folder: a `checkpoint-N` folder.
+        encoder: a model with the encoder, or its folder or Hub id; by default what the training run started from.
+
+    Raises:
+        ValueError: the encoder is not the one that the checkpoint was trained with.
+    """
+    run = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    if run["encoder"] is None:
+        return MiniMindVForConditionalGeneration.from_pretrained(folder)
+    source = encoder if encoder is not None else run["encoder"]["source"]
+    if not isinstance(source, PreTrainedModel):
+        if not source:
+            raise ValueError(f"{folder} leaves its encoder out and knows no folder that has it: pass encoder=.")
+        source = MiniMindVForConditionalGeneration.from_pretrained(source)
+    model = MiniMindVForConditionalGeneration(source.config.from_pretrained(folder))
+    state = {ENCODER + name: tensor for name, tensor in source.model.vision_tower.state_dict().items()}
+    state |= load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+    result = model.load_state_dict(state, strict=False)
+    _require_complete(model, result, folder, frozenset())
+    _require_encoder(encoder_digest(model), run, folder)
+    return model.eval()
+
+
+def _require_encoder(digest: str, run: dict[str, Any], folder: str | os.PathLike) -> None:
+    if digest != run["encoder"]["sha256"]:
+        raise ValueError(
+            f"{folder} leaves its frozen encoder out, and the encoder at hand has other weights than the one that it was "
+            "trained with. Start from the same model as the run that wrote it."
+        )
+
+
+def _require_complete(model: PreTrainedModel, result: Any, folder: str | os.PathLike, absent: frozenset[str]) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = sorted(set(result.missing_keys) - absent - tied)
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{folder} does not fit the model: it lacks {missing[:5] or 'nothing'} and has besides "
+            f"{result.unexpected_keys[:5] or 'nothing'}."
+        )
+
+
+# ── The Trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class MiniMindVTrainer(Trainer):
+    """A `Trainer` for MiniMind-V, with the same arguments and besides:
+
+    * logits are computed only where there are labels;
+    * it logs the language loss and the auxiliary loss apart, samples, tokens and images per second, the supervised share of
+      the tokens and the padding share of the positions, and `mfu`, the share of the machine's matrix rate that trains;
+    * a checkpoint is written under another name and renamed, so that one that is there is complete;
+    * intermediate checkpoints leave a frozen encoder out, unless `save_encoder` is set;
+    * a run can be resumed with another number of processes: gradient accumulation makes up for it.
+
+    Args:
+        save_encoder: write a frozen encoder into intermediate checkpoints too.
+        data_counts: for the model card, what was read, as `DataReport`s by name.
+
+    Raises:
+        ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted.
+    """
+
+    def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor}: expected 0. Trainer does not shift the labels of "
+                "models from outside transformers for it, so it would teach to repeat the present token."
+            )
+        self.save_encoder = save_encoder
+        self.data_counts = data_counts or {}
+        self.start = getattr(self._bare_model(), "name_or_path", "") or None
+        self._saving_to: Path | None = None
+        self._loading_from = self.args.output_dir
+        self._meter = StepMeter(self._bare_model(), self.accelerator)
+        self._logged_step = 0
+        # Read now, since FSDP shards it later; it never changes
+        self._encoder: dict[str, Any] | None = None
+        if is_frozen(self._bare_model().model.vision_tower) and not save_encoder:
+            self._encoder = {"sha256": encoder_digest(self._bare_model()), "source": self.start}
+
+    def _bare_model(self) -> MiniMindVForConditionalGeneration:
+        """The model without what DDP, compilation or peft wrap around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All of them, as native has it; `Trainer` would spare biases and norms."""
+        return [name for name, _ in model.named_parameters()]
+
+    # ── Data ──
+
+    def get_train_dataloader(self):
+        dataloader = super().get_train_dataloader()
+        if isinstance(dataloader.dataset, IterableDatasetShard):
+            dataloader.dataset.drop_last = True  # it would fill the last batches with rows that were seen already
+        return dataloader
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and not pixels.is_floating_point():
+            inputs["pixel_values"] = PixelNormalizer(self.processing_class.image_processor).to(pixels.device)(pixels)
+        return inputs
+
+    # ── Loss and metrics ──
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._meter.start()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "use_cache": False}
+        if model.training or self.compute_metrics is None:
+            inputs["skip_logits"] = True
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            aux_loss = outputs.get("aux_loss")
+            self._meter.add(inputs, 0.0 if aux_loss is None else aux_loss * self._share(inputs, num_items_in_batch))
+        return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs, num_items_in_batch):
+        """How much of its step's auxiliary loss this batch brings, as `_head` in the model weighs it."""
+        if num_items_in_batch is None:
+            return 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        counted_together = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
+        return (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch / counted_together
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "learning_rate" in logs:
+            metrics = self._meter.read(self.state.global_step - self._logged_step)
+            if metrics:
+                aux_loss = metrics.pop("aux_loss")
+                logs["language_loss"] = logs["loss"] - aux_loss
+                if getattr(self._bare_model().config.get_text_config(), "num_experts", 0):
+                    logs["aux_loss"] = aux_loss
+                logs |= metrics
+            self._logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        with self._meter.paused():
+            return super().evaluate(*args, **kwargs)
+
+    # ── Checkpoints ──
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        if isinstance(resume_from_checkpoint, str):
+            self._keep_batch_size(resume_from_checkpoint)
+            self._logged_step = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / _UNFINISHED, ignore_errors=True)  # of a run that was killed
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _global_batch_size(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _keep_batch_size(self, checkpoint: str) -> None:
+        """Make the batches those of the run that wrote the checkpoint, also with other processes than it had."""
+        try:
+            wanted = json.loads((Path(checkpoint) / RUN_FILE).read_text(encoding="utf-8"))["global_batch_size"]
+        except FileNotFoundError:
+            raise ValueError(f"{checkpoint} was not written by this trainer: it has no {RUN_FILE}.") from None
+        given = self._global_batch_size()
+        if given == wanted:
+            return
+        at_a_time = self.args.train_batch_size * self.args.world_size
+        if wanted % at_a_time:
+            raise ValueError(
+                f"{checkpoint} was trained with {wanted} samples in a step, which {self.args.world_size} processes with "
+                f"per_device_train_batch_size={self.args.train_batch_size} cannot make: pass a divisor of "
+                f"{wanted // self.args.world_size if wanted % self.args.world_size == 0 else wanted}."
+            )
+        self.args.gradient_accumulation_steps = wanted // at_a_time
+        logger.warning(
+            f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}, so that a step has {wanted} samples as in "
+            "the run that is resumed."
+        )
+
+    def _get_output_dir(self, trial):
+        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._meter.paused():
+            self._saving_to = folder / _UNFINISHED
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self._describe_checkpoint(self._saving_to / name, folder / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                    os.replace(self._saving_to / name, folder / name)
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(self._saving_to, ignore_errors=True)
+                self._saving_to = None
+            if self.args.should_save:
+                rotate_checkpoints(
+                    output_dir=str(folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(str(folder / name))
+
+    def _describe_checkpoint(self, written: Path, final: Path) -> None:
+        run = {"global_batch_size": self._global_batch_size(), "encoder": self._encoder}
+        (written / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: `_save_checkpoint` pushes when the checkpoint has its name."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model and its processor, as a folder for the Hub; no file of it is ever half written."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        unfinished = folder / _UNFINISHED
+        super().save_model(str(unfinished), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the model card tells the recipe
+            for path in unfinished.iterdir():
+                os.replace(path, folder / path.name)
+            unfinished.rmdir()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        model = self._bare_model()
+        if self.model is not model:  # an adapter: peft saves that alone
+            super()._save(output_dir, state_dict)
+            return
+        if self._saving_to and self._encoder and self.args.should_save:
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(ENCODER)}
+        if state_dict is not None and model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
+        # FSDP gives the model a class of its own, whose code would be copied into the folder instead of ours
+        wrapped = type(model)
+        model.__class__ = next(base for base in wrapped.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = wrapped
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        run = json.loads((Path(resume_from_checkpoint) / RUN_FILE).read_text(encoding="utf-8"))
+        if run["encoder"] is not None:
+            digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
+            _require_encoder(digest, run, resume_from_checkpoint)
+        self._loading_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        model = self._bare_model()
+        absent = frozenset(name for name in model.state_dict() if self._encoder and name.startswith(ENCODER))
+        _require_complete(model, load_result, self._loading_from, absent)
+
+    # ── The model card ──
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model card: recipe, data counts, results and curves. `Trainer` would write its own."""
+        if self.is_world_process_zero():
+            from .reporting import write_model_card  # draws, and so needs the extra `train`
+
+            write_model_card(self)

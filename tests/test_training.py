@@ -1,0 +1,664 @@
+"""Training: the native recipe to the letter, what is frozen, and runs that survive whatever happens to them."""
+
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import MOE, make_image, make_model, make_processor
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
+from minimind_v_hf import modeling_minimind_v as modeling
+from minimind_v_hf.collator import MiniMindVCollator
+from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.features import CachedFeaturesCollator, encode_images
+from minimind_v_hf.metering import matmul_rate, training_flops
+from minimind_v_hf.packing import pack
+from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_start, native_recipe, parse_arguments
+from minimind_v_hf.reporting import SampleSheet
+from minimind_v_hf.training import TRAINABLE, MiniMindVTrainer, freeze, load_checkpoint, parameter_table
+
+
+ROOT = Path(__file__).parents[1]
+COLOURS = ("red", "green", "blue", "yellow")
+ROWS, BATCH, RATE = 24, 4, 3e-3
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a model to start from, rows about plain pictures, some of text alone, and a file of arguments."""
+    home = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    make_model().save_pretrained(home / "start")
+    make_processor().save_pretrained(home / "start")
+    (home / "images").mkdir()
+    rng = random.Random(0)
+    with open(home / "train.jsonl", "w") as file:
+        for number in range(ROWS):
+            colour = rng.choice(COLOURS)
+            make_image(colour).save(home / "images" / f"{number}.png")
+            question, image = "<image>\nWhat colour is it?", {"image": f"{number}.png"}
+            if number % 5 == 3:
+                question, image = f"Say {colour}.", {}
+            answer = colour + "!" * rng.randint(0, 8)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"conversations": turns, **image}) + "\n")
+    recipe = {
+        "model": str(home / "start"),
+        "data_files": [str(home / "train.jsonl")],
+        "image_folder": str(home / "images"),
+        "learning_rate": RATE,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "save_total_limit": None,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    (home / "recipe.json").write_text(json.dumps(recipe))
+    return home
+
+
+@pytest.fixture(scope="module")
+def rows(home):
+    conversations = load_conversations(home / "train.jsonl", home / "images")
+    return tokenize_conversations(conversations, make_processor(), 640)
+
+
+def make_trainer(home, rows, output_dir, trainable="llm", model=None, trainer_class=MiniMindVTrainer, **kwargs):
+    model = model or MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    freeze(model, trainable)
+    ours = {name: kwargs.pop(name) for name in ("save_encoder", "callbacks", "eval_dataset") if name in kwargs}
+    arguments = native_recipe() | {
+        "output_dir": str(output_dir),
+        "learning_rate": RATE,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "save_total_limit": None,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    processor = make_processor()
+    return trainer_class(
+        model=model,
+        args=TrainingArguments(**arguments | kwargs),
+        data_collator=MiniMindVCollator(processor),
+        train_dataset=rows,
+        processing_class=processor,
+        **ours,
+    )
+
+
+def losses(trainer_or_folder) -> list[float]:
+    if isinstance(trainer_or_folder, Trainer):
+        history = trainer_or_folder.state.log_history
+    else:
+        last = max(Path(trainer_or_folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "learning_rate" in entry]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home, rows, tmp_path_factory) -> list[float]:
+    """The losses of twelve steps in one process that nobody disturbs."""
+    trainer = make_trainer(home, rows, tmp_path_factory.mktemp("uninterrupted"), save_strategy="no")
+    trainer.train()
+    assert len(losses(trainer)) == 12
+    return losses(trainer)
+
+
+# ── What learns ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_what_is_trainable_moves_and_nothing_else(home, rows, tmp_path, trainable):
+    model = make_model({"num_hidden_layers": 3})
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = make_trainer(home, rows, tmp_path, trainable, model=model, max_steps=2, save_strategy="no")
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {
+        "projector": ("model.multi_modal_projector.",),
+        "projector+last": ("model.multi_modal_projector.", "model.language_model.layers.2."),
+        "projector+first_last": (
+            "model.multi_modal_projector.",
+            "model.language_model.layers.0.",
+            "model.language_model.layers.2.",
+        ),
+        "llm": ("model.multi_modal_projector.", "model.language_model."),
+        "all": ("model.",),
+    }[trainable]
+    # CLIP's last norm belongs to its pooled output, which nothing uses; a bias of the keys changes no attention
+    unused = {name for name in before if "post_layernorm" in name}
+    assert moved - unused == {name for name in before if name.startswith(expected)} - unused
+    encoder_modes = {module.training for module in model.model.vision_tower.modules()}
+    assert encoder_modes == {trainable == "all"}
+    assert model.model.language_model.training
+
+
+def test_a_frozen_encoder_runs_without_autograd(home):
+    model = make_model().train()
+    freeze(model, "llm")
+    seen = []
+    model.model.vision_tower.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    pixels = torch.rand(1, 3, 16, 16)
+    model.get_image_features(pixels)
+    freeze(model, "all")
+    model.get_image_features(pixels)
+    freeze(model, "llm")
+    model.get_image_features(pixels.requires_grad_()).pooler_output.sum().backward()  # someone asks what the pixels do
+    assert seen == [False, True, True]
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_the_parameter_table_adds_up():
+    model = make_model()
+    freeze(model, "projector+last")
+    *_, total = parameter_table(model).splitlines()
+    counts = [int(number.replace(",", "")) for number in total.split()[1:]]
+    assert sum(counts) == model.num_parameters()
+    assert counts[0] == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with pytest.raises(ValueError, match="trainable='llms': expected one of projector, projector\\+last"):
+        freeze(model, "llms")
+
+
+# ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def batch(rows):
+    return MiniMindVCollator(make_processor())([rows[i] for i in range(8)])
+
+
+@pytest.mark.parametrize("most", [2**25, 10 * 320], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(77)])
+def test_logits_at_labels_alone_give_the_same_loss(batch, monkeypatch, most, moe, num_items):
+    monkeypatch.setattr(modeling, "_MAX_LOGITS", most)
+    model = make_model(moe).train()
+    kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
+    whole = model(**batch, **kwargs)
+    whole.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    positions = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: positions.append(output[..., 0].numel()))
+    alone = model(**batch, **kwargs, skip_logits=True)
+    alone.loss.backward()
+    assert alone.logits is None
+    assert max(positions) <= most // 320
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert sum(positions) == (labelled if most > 10_000 else 2 * labelled)  # forward, and again in backward
+    torch.testing.assert_close(alone.loss, whole.loss, atol=1e-6, rtol=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_without_labels_teaches_nothing(batch):
+    model = make_model().train()
+    loss = model(**batch | {"labels": torch.full_like(batch["labels"], -100)}, skip_logits=True).loss
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad.abs().sum() == 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_the_loss_curve_is_that_of_a_plain_loop(home, rows, tmp_path, moe):
+    """MiniMind-V's loop, by hand: mean loss of each batch, AdamW on everything, norm clipped at 1, a cosine to a tenth."""
+    torch.manual_seed(1)
+    start = make_model(moe).state_dict()
+    ours = make_model(moe)
+    ours.load_state_dict(start)
+    trainer = make_trainer(home, rows, tmp_path, "llm", model=ours, save_strategy="no", train_sampling_strategy="sequential")
+    trainer.train()
+
+    model = make_model(moe)
+    model.load_state_dict(start)
+    model.train()
+    model.model.vision_tower.requires_grad_(False).eval()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=RATE, weight_decay=0.01)
+    loader = DataLoader(rows, batch_size=BATCH, collate_fn=MiniMindVCollator(make_processor()))
+    step, steps, expected, rates = 0, 2 * len(loader), [], []
+    for _ in range(2):
+        for batch in loader:
+            rates.append(RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))))
+            optimizer.param_groups[0]["lr"] = rates[-1]
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(loss.item())
+            step += 1
+    assert losses(trainer) == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.5
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    shift = 0 if logged[0] == pytest.approx(RATE) else 1  # some versions log the rate of the step to come
+    assert logged[: len(rates) - shift] == pytest.approx(rates[shift:], rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+def test_accumulated_steps_are_those_of_the_whole_batch(home, rows, tmp_path, moe):
+    # Rows of one length: an auxiliary loss counts padding too, which differs between a batch and its parts
+    alike = rows.filter(lambda row: len(row["input_ids"]) == len(rows[0]["input_ids"])).select([0] * 3 + [1] * 5)
+    curves = []
+    for size in (8, 2):
+        torch.manual_seed(1)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "num_train_epochs": 4}
+        options |= {"train_sampling_strategy": "sequential", "save_strategy": "no"}
+        trainer = make_trainer(home, alike, tmp_path, model=make_model(moe), **options)
+        trainer.train()
+        curves.append([(entry["loss"], entry["language_loss"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 4
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_rows_cost_the_same_as_samples_alone(home, rows, tmp_path):
+    """One step over all rows: packed, the same labels are learned, from the same contexts."""
+    curves = []
+    for data in (rows, pack(rows, 300)):
+        trainer = make_trainer(home, data, tmp_path, max_steps=1, per_device_train_batch_size=len(data), save_strategy="no")
+        trainer.train()
+        curves.append(trainer.state.log_history[0])
+    alone, packed = curves
+    assert packed["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert packed["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    assert packed["supervised_share"] == pytest.approx(alone["supervised_share"])
+    assert packed["images_per_second"] > 0
+
+
+def test_label_smoothing_is_refused(home, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1: expected 0"):
+        make_trainer(home, rows, tmp_path, label_smoothing_factor=0.1)
+
+
+# ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_metrics_are_what_they_say(home, rows, tmp_path):
+    trainer = make_trainer(
+        home, rows, tmp_path, model=make_model(MOE), logging_steps=6, train_sampling_strategy="sequential", save_strategy="no"
+    )
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    collated = list(DataLoader(rows, batch_size=BATCH, collate_fn=MiniMindVCollator(make_processor())))
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in collated)
+    positions = sum(batch["input_ids"].numel() for batch in collated)
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+    images = sum(len(batch["pixel_values"]) for batch in collated)
+    assert entry["supervised_share"] == pytest.approx(labels / tokens)
+    assert entry["padding_share"] == pytest.approx(1 - tokens / positions)
+    assert entry["tokens_per_second"] / entry["images_per_second"] == pytest.approx(tokens / images)
+    assert entry["samples_per_second"] / entry["images_per_second"] == pytest.approx(ROWS / images)
+    assert entry["language_loss"] + entry["aux_loss"] == pytest.approx(entry["loss"], abs=1e-5)
+    assert 0 < entry["aux_loss"] < 0.1
+    assert 0 < entry["mfu"] < 1
+
+
+def test_flops_of_a_step_are_those_that_torch_counts():
+    """With one sample of one picture and all positions labelled, for which the formula allows no discount."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make_model(attn_implementation="eager").train()
+    batch = MiniMindVCollator(make_processor())(
+        [{"input_ids": [190] * 16 + [5] * 24, "labels": [5] * 40, "images": [make_image()]}]
+    )
+    batch["input_ids"][0, :16] = model.config.image_token_id
+    for trainable in ("projector", "llm", "all"):
+        freeze(model, trainable)
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        flops = training_flops(model)
+        # torch counts the full square of the attention, the head at the last position too, and the class token's part
+        counted = flops["token"] * 40 + flops["pair"] * 40 * 40 + flops["label"] * 40 + flops["image"]
+        assert counted == pytest.approx(counter.get_total_flops(), rel=0.05), trainable
+    assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):
+    conversations = load_conversations(home / "train.jsonl", home / "images")
+    sheet = SampleSheet([conversations[i] for i in range(5)], make_processor())
+    options = {"eval_dataset": rows.select(range(6)), "eval_strategy": "steps", "eval_steps": 2, "callbacks": [sheet]}
+    trainer = make_trainer(home, rows, tmp_path, max_steps=2, save_strategy="no", **options)
+    trainer.train()
+    assert (tmp_path / "samples" / "step-000002.png").read_bytes().startswith(b"\x89PNG")
+    assert trainer.state.log_history[-2]["eval_loss"] > 0
+
+
+# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_light_checkpoints_leave_the_encoder_out_and_get_it_back(home, rows, tmp_path):
+    trainer = make_trainer(home, rows, tmp_path, max_steps=4)
+    trainer.train()
+    light = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert not any("vision_tower" in name for name in light)
+    trained = trainer.model.state_dict()
+    for encoder in (None, home / "start", trainer.model):
+        loaded = load_checkpoint(tmp_path / "checkpoint-4", encoder).state_dict()
+        assert loaded.keys() == trained.keys()
+        assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    with pytest.raises(ValueError, match="other weights than the one that it was trained with"):
+        load_checkpoint(tmp_path / "checkpoint-4", make_model())
+    with pytest.raises(ValueError, match="other weights than the one that it was trained with"):
+        make_trainer(home, rows, tmp_path, model=make_model()).train(resume_from_checkpoint=True)
+
+    make_trainer(home, rows, tmp_path / "whole", max_steps=4, save_encoder=True).train()
+    whole = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint-4").state_dict()
+    assert all(torch.equal(whole[name], trained[name]) for name in trained)
+
+
+def test_the_best_light_checkpoint_is_loaded_at_the_end(home, rows, tmp_path):
+    options = {"eval_dataset": rows.select(range(6)), "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    trainer = make_trainer(home, rows, tmp_path, learning_rate=0.5, max_steps=8, **options)  # gets worse and worse
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    assert json.loads((Path(best) / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+    loaded = load_checkpoint(best).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
+    trainer = make_trainer(home, rows, tmp_path, callbacks=[StopAt(6)], save_steps=5)
+    trainer.train()
+    other = make_trainer(home, rows, tmp_path, per_device_train_batch_size=2)
+    other.train(resume_from_checkpoint=True)
+    assert other.args.gradient_accumulation_steps == 2
+    assert losses(other) == pytest.approx(uninterrupted, abs=2e-5)
+    with pytest.raises(ValueError, match="was trained with 4 samples in a step"):
+        make_trainer(home, rows, tmp_path, per_device_train_batch_size=3).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        make_trainer(home, rows, tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class FillDisk(TrainerCallback):
+    """From a step on, no file may grow beyond a few kilobytes."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrupted):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(Exception, match=r"(?i)file too large"):
+            make_trainer(home, rows, tmp_path, callbacks=[FillDisk()]).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    trainer = make_trainer(home, rows, tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-6)
+
+
+# ── The scripts, as real processes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def launch(home, output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py"):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command += [*map(str, before), str(ROOT / "examples" / script), str(home / "recipe.json"), "--output_dir", str(output_dir)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+
+
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import torch
+
+save = torch.save
+
+def save_half(state, path, *args, **kwargs):
+    save(state, path, *args, **kwargs)
+    if "checkpoint-8" in str(path) and "optimizer" in str(path):
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_killed_in_two_processes_and_resumed_in_one(home, tmp_path, uninterrupted):
+    driver = tmp_path / "killed_while_saving.py"
+    driver.write_text(KILLED_WHILE_SAVING)
+    output = tmp_path / "run"
+    killed = launch(home, output, "--per_device_train_batch_size", 2, processes=2, before=[driver])
+    assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-3000:]
+    assert (output / ".unfinished" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    done = launch(home, output, "--per_device_train_batch_size", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Going on from {output / 'checkpoint-4'}" in done.stdout
+    assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
+    assert not (output / ".unfinished").exists()
+    card = (output / "README.md").read_text()
+    assert "| samples in a step | 4 |" in card
+    assert f"{ROWS} of {ROWS} rows" in card
+    with pytest.raises(ValueError, match="holds the model of a finished run"):
+        checkpoint_to_resume(TrainingArguments(output_dir=str(output), use_cpu=True))
+    # The folder needs nothing else
+    code = "from transformers import AutoModel; print(AutoModel.from_pretrained('.', trust_remote_code=True).num_parameters())"
+    alone = subprocess.run([sys.executable, "-I", "-c", code], cwd=output, capture_output=True, text=True, check=False)
+    assert int(alone.stdout) == make_model().num_parameters(), alone.stderr[-2000:]
+
+
+def test_fsdp_in_two_processes(home, tmp_path, uninterrupted):
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "MiniMindDecoderLayer",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    done = launch(
+        home,
+        tmp_path,
+        *("--per_device_train_batch_size", 2),
+        processes=2,
+        before=[ROOT / "tests" / "shard_on_cpu.py"],
+        environment=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "checkpoint-12" / "pytorch_model_fsdp.bin").exists()
+    assert losses(tmp_path) == pytest.approx(uninterrupted, abs=2e-5)
+    assert {"modeling_minimind_v.py", "processing_minimind_v.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob("_fsdp*"))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert not torch.equal(
+        model.lm_head.weight, MiniMindVForConditionalGeneration.from_pretrained(home / "start").lm_head.weight
+    )
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_streaming_is_split_without_repeats(home, tmp_path):
+    """Each of two processes writes down the rows that it trains on."""
+    driver = tmp_path / "write_down.py"
+    driver.write_text(
+        "import os, runpy, sys\n"
+        "from minimind_v_hf.collator import MiniMindVCollator\n"
+        "collate = MiniMindVCollator.__call__\n"
+        "def write_down(self, rows):\n"
+        "    with open(os.environ['SEEN'] + os.environ['RANK'], 'a') as file:\n"
+        '        file.writelines(f\'{row["input_ids"]} {row["images"]}\\n\' for row in rows)\n'
+        "    return collate(self, rows)\n"
+        "MiniMindVCollator.__call__ = write_down\n"
+        "sys.argv.pop(0)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    options = ["--streaming", "--max_steps", 2, "--per_device_train_batch_size", 5, "--save_strategy", "no"]
+    environment = {"SEEN": str(tmp_path / "seen-")}
+    done = launch(home, tmp_path / "run", *options, processes=2, before=[driver], environment=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [(tmp_path / f"seen-{rank}").read_text().splitlines() for rank in range(2)]
+    assert len(seen[0]) == len(seen[1]) == 10
+    assert len({*seen[0], *seen[1]}) == 20
+
+
+# ── With peft and TRL ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lora_trains_saves_reloads_and_merges(home, tmp_path):
+    peft = pytest.importorskip("peft")
+    done = launch(home, tmp_path, "--save_steps", 6, script="lora.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    batch = {"input_ids": torch.arange(3, 30)[None]}
+    start = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    merged = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    before = start(**batch).logits
+    adapted = peft.PeftModel.from_pretrained(start, tmp_path / "adapter").eval()
+    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, atol=1e-4, rtol=1e-4)
+    assert (merged(**batch).logits - before).abs().max() > 0.01
+    names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert not any("vision_tower" in name for name in names)
+    assert any("multi_modal_projector" in name for name in names)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_trl_has_the_same_losses(home, tmp_path, uninterrupted):
+    pytest.importorskip("trl")
+    recipe = ["--disable_tqdm", "true", "--save_steps", 12]
+    done = launch(home, tmp_path, *recipe, script="sft_trl.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(uninterrupted, abs=0.05)  # TRL spares norms and biases the weight decay
+
+
+# ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(monkeypatch, *argv, stage=None):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, argv)])
+    return parse_arguments({"learning_rate": 4e-4, "max_length": 640} | (stage or {}), "")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {home / 'start'}\ndata_files: [a.jsonl]\nimage_folder: images\nlearning_rate: 2e-3\nmax_length: 99\n"
+    )
+    run, args = parse(monkeypatch, recipe, "--max_length", 50, "--output_dir", tmp_path, "--optim", "adafactor")
+    assert (run.max_length, args.learning_rate, args.optim.value) == (50, 2e-3, "adafactor")
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+    _, args = parse(monkeypatch, recipe, "--output_dir", tmp_path, "--lr_scheduler_type", "linear", "--weight_decay", 0)
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.weight_decay) == ("linear", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give either --model"),
+        (["--model", "m", "--image_folder", "i"], "Give the training data with --data_files"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "head"], "trainable='head': expected one"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--streaming"], "--max_steps"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--eval_strategy", "epoch"], "--eval_files"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
+        (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
+        (["--config", "minimind2-v-small", "--data_files", "d", "--image_folder", "i"], "needs --processor"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, *arguments, "--output_dir", tmp_path)
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text("learnin_rate: 1e-3\n")
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, tmp_path / "recipe.yaml")
+    assert "there is no argument learnin_rate" in capsys.readouterr().err
+
+
+def test_a_model_is_put_together_from_parts(home, tmp_path):
+    """Fresh weights by a configuration, an encoder and a language model from their folders."""
+    parts = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    parts.config.save_pretrained(tmp_path / "config")
+    make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    parts.model.vision_tower.save_pretrained(tmp_path / "encoder")
+    make_processor().image_processor.save_pretrained(tmp_path / "encoder")
+    language_model = MiniMindForCausalLM(parts.config.text_config)
+    language_model.save_pretrained(tmp_path / "llm")
+    names = {"config": "config", "processor": "tokenizer", "vision_tower": "encoder", "language_model": "llm"}
+    run = RunArguments(**{name: str(tmp_path / folder) for name, folder in names.items()})
+    model, processor = load_start(run, seed=1)
+    assert processor.image_token_id == model.config.image_token_id == make_processor().image_token_id
+    assert processor.image_processor.crop_size["height"] == 16
+    for ours, theirs in (
+        (model.model.vision_tower, parts.model.vision_tower),
+        (model.model.language_model, language_model.model),
+        (model.lm_head, language_model.lm_head),
+    ):
+        expected = theirs.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, parts.model.multi_modal_projector.linear_1.weight)
+
+
+def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
+    model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    freeze(model, "llm")
+    collator = MiniMindVCollator(make_processor())
+    cache = encode_images(model, collator, [rows], tmp_path / "features")
+    assert encode_images(model, collator, [rows], tmp_path / "features").rows == cache.rows
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    trainer = make_trainer(home, rows, tmp_path / "run", model=model, save_strategy="no")
+    trainer.data_collator = CachedFeaturesCollator(collator, cache)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
+    assert trainer.state.log_history[0]["images_per_second"] > 0
+    assert not calls
+    freeze(model, "all")
+    with pytest.raises(ValueError, match="only while the encoder is frozen"):
+        encode_images(model, collator, [rows], tmp_path / "other")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_understands_the_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+
+
+def test_the_two_stages_agree_line_for_line():
+    """But for their words and their recipes."""
+    bodies = [(ROOT / "examples" / name).read_text().split('"""\n', 1)[1] for name in ("pretrain.py", "sft.py")]
+    bodies = [[line for line in body.splitlines() if not line.startswith('    "')] for body in bodies]
+    assert bodies[0] == bodies[1]
