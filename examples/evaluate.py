@@ -1,6 +1,6 @@
 """Ask a saved model every question of a data set, in batches, and count the exact answers.
 
-    python examples/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/test.jsonl \
+    python examples/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/test.jsonl \\
         --images runs/quickstart/data/images --output answers.jsonl
 
 The data set is JSONL in the MiniMind-V format; the last message of each row is the right answer. Only transformers is
