@@ -1,7 +1,12 @@
 """Tiny models, tokenizers and pictures, made here: no test needs the network or a published weight."""
 
+import os
 import random
 import warnings
+
+
+# Before torch: models this tiny gain nothing from a second thread, and processes beside one another lose a lot
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import numpy as np
