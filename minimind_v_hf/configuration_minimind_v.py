@@ -276,15 +276,17 @@ class MiniMindVConfig(PreTrainedConfig):
 
         Args:
             name: one of `MiniMindVConfig.presets()`.
-            kwargs: fields to set differently.
+            kwargs: fields to set differently; of `text_config` and `vision_config`, those that a dict names.
 
         Raises:
             ValueError: the name is not known.
         """
         if name not in _PRESETS:
             raise ValueError(f"preset={name!r}: expected one of {', '.join(map(repr, _PRESETS))}.")
-        fields = {key: dict(value) if isinstance(value, dict) else value for key, value in _PRESETS[name].items()}
-        return cls(**{**fields, **kwargs})
+        fields = dict(_PRESETS[name])
+        for field, value in kwargs.items():
+            fields[field] = {**fields.get(field, {}), **value} if isinstance(value, dict) else value
+        return cls(**fields)
 
     @staticmethod
     def presets() -> list[str]:

@@ -335,7 +335,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # linear layers, embeddings, norms, and the frequencies of RoPE
-        std = self.config.get_text_config().initializer_range
+        std = getattr(self.config.get_text_config(), "initializer_range", 0.02)  # other decoders' may have none
         if isinstance(module, MiniMindTopKRouter):
             init.normal_(module.weight, std=std)
         elif isinstance(module, MiniMindExperts):
@@ -663,9 +663,13 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
             # encoded, and its vectors are left out again
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        learns = pixel_values.requires_grad or _is_trainable(self.vision_tower)
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        size = self.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):  # some encoders would interpolate, and give other patches
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the encoder expects "
+                f"{size}x{size}: use the image processor that belongs to the model."
+            )
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
         outputs.pooler_output = self._project(outputs.last_hidden_state[:num_images])
         return outputs
 
@@ -730,7 +734,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        if pixel_values is None and image_outputs is None and self.training and _is_trainable(self.multi_modal_projector):
+        learns = self.training and torch.is_grad_enabled() and _is_trainable(self.multi_modal_projector)
+        if learns and pixel_values is None and image_outputs is None and past_key_values is None:
             # Also a batch of text alone passes through the projector, whose gradients parallel engines wait for
             pixel_values = inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
         if pixel_values is not None:
@@ -777,6 +782,9 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         self.model = MiniMindVModel(config)
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        # Decoders other than ours may have another name for it
+        embeddings = next(name for name, module in self.named_modules() if module is self.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"{embeddings}.weight"}
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:

@@ -13,9 +13,11 @@ This file is copied into every saved model folder, so it depends on torch and tr
 import base64
 import binascii
 import copy
+import http.client
 import io
 import json
 import os
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 from typing import Any
@@ -53,20 +55,20 @@ _MAX_DOWNLOAD = 64 * 2**20  # bytes
 # ── The chat template ────────────────────────────────────────────────────────────────────────────────────────────────
 
 _CHAT_TEMPLATE = """\
-{#- Text from a message: what looks like a control token gets a mark, which the tokenizer's normalizer removes. -#}
+{#- Text from a message: control tokens begin with "<", so each gets a mark, which the tokenizer's normalizer removes. -#}
 {%- macro plain(text) -%}
-    {{- text | replace("<|", "<" ~ mark ~ "|") -}}
+    {{- text | replace("<", "<" ~ mark) -}}
 {%- endmacro -%}
 {#- A string may hold <image>. In a list, pictures are items of their own, and <image> in a text item is text. -#}
 {%- macro render(content) -%}
     {%- if content is string -%}
-        {{- plain(content) | replace("<image>", picture) -}}
+        {{- plain(content) | replace("<" ~ mark ~ "image>", picture) -}}
     {%- else -%}
         {%- for item in content or [] -%}
             {%- if item.type == "image" -%}
                 {{- picture -}}
             {%- elif item.type == "text" -%}
-                {{- plain(item.text) | replace("<image>", "<" ~ mark ~ "image>") -}}
+                {{- plain(item.text) -}}
             {%- else -%}
                 {{- raise_exception("Unknown content type '" ~ item.type ~ "': expected 'image' or 'text'.") -}}
             {%- endif -%}
@@ -83,8 +85,14 @@ _CHAT_TEMPLATE = """\
     {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
     {%- if message.role == "assistant" -%}
         {%- set content = render(message.content) -%}
+        {%- set said = namespace(content=content) -%}
         {%- generation -%}
             {%- if thinking -%}
+                {#- The assistant's own thoughts and calls are control tokens that it learned -#}
+                {%- for name in ["think>", "/think>", "tool_call>", "/tool_call>"] -%}
+                    {%- set said.content = said.content | replace("<" ~ mark ~ name, "<" ~ name) -%}
+                {%- endfor -%}
+                {%- set content = said.content -%}
                 {%- set reasoning = "" -%}
                 {%- if message.reasoning_content is string -%}
                     {%- set reasoning = plain(message.reasoning_content) -%}
@@ -228,7 +236,7 @@ def load_image(source: Any, min_size: int | None = None) -> Image.Image:
         raise ValueError(f"expected a PIL image, an array, a path or a URL, got {type(source).__name__}")
     try:
         return _to_rgb(ImageOps.exif_transpose(source))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each decoder has its own ways to fail on damaged bytes
         raise ValueError(f"the file is truncated or damaged ({error})") from error
 
 
@@ -239,8 +247,9 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     try:
         if isinstance(name, bytes):
             file = io.BytesIO(name)
-        elif name.startswith(("http://", "https://")):
-            request = urllib.request.Request(name, headers={"User-Agent": "minimind_v_hf"})
+        elif name.lower().startswith(("http://", "https://")):
+            url = urllib.parse.quote(name, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
+            request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})
             with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
                 file = io.BytesIO(response.read(_MAX_DOWNLOAD + 1))
             if file.getbuffer().nbytes > _MAX_DOWNLOAD:
@@ -250,7 +259,7 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
         raise ValueError("the file is not a picture in a known format") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, http.client.HTTPException, Image.DecompressionBombError, RuntimeError, SyntaxError) as error:
         raise ValueError(str(error)) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(
@@ -302,7 +311,10 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max() > 255 else 255 if 0 < values.max() <= 1 and image.mode == "F" else 1
+        if image.mode.startswith("I;16") or values.max() > 255:
+            scale = 255 / 65535
+        else:  # 32 bits without a word on their range
+            scale = 255 if 0 < values.max() <= 1 and image.mode == "F" else 1
         image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -410,7 +422,7 @@ class MiniMindVProcessor(ProcessorMixin):
             text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
         placeholders = [sample.count(self.image_token) for sample in text] if text is not None else None
         if images is not None:
-            images = self._load_images(images, placeholders, kwargs)
+            images = self._load_images(images, placeholders, kwargs) or None
         elif placeholders and any(placeholders):
             sample = next(i for i, count in enumerate(placeholders) if count)
             raise ValueError(
@@ -425,8 +437,8 @@ class MiniMindVProcessor(ProcessorMixin):
             images = list(images)
         if not isinstance(images, (list, tuple)):
             images = [images]
-        if any(isinstance(item, (list, tuple)) for item in images):
-            samples = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+        if any(item is None or isinstance(item, (list, tuple)) for item in images):
+            samples = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in images]
             if placeholders is not None:
                 self._check_counts(placeholders, [len(sample) for sample in samples])
         elif placeholders is None:

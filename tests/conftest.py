@@ -7,6 +7,7 @@ import warnings
 
 # Before torch: models this tiny gain nothing from a second thread, and processes beside one another lose a lot
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
 import numpy as np

@@ -143,3 +143,11 @@ def test_no_warning_without_arguments(no_warnings, caplog):
     MiniMindVConfig()
     MiniMindVTextConfig()
     assert not caplog.records
+
+
+def test_preset_with_some_fields_set_differently():
+    config = MiniMindVConfig.from_preset("minimind-3v", text_config={"num_hidden_layers": 2})
+    assert config.text_config.num_hidden_layers == 2
+    assert config.text_config.hidden_size == 768
+    assert config.text_config.use_qk_norm
+    assert MiniMindVConfig.from_preset("minimind-3v").text_config.num_hidden_layers == 8

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shapes import PLACES, all_scenes, descriptions, questions, write_data_set
+import shapes
+from shapes import PLACES, all_scenes, descriptions, draw, questions, write_data_set
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,17 +68,18 @@ def test_help(script, launcher):
     assert f"{launcher} {Path('examples', script).as_posix().removeprefix('examples/../')}" in done.stdout
 
 
-def test_no_scene_is_in_both_files(tmp_path):
-    write_data_set(tmp_path, train_pictures=300, test_pictures=40, turns=2)
+def test_no_scene_is_in_both_files(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(shapes, "draw", lambda scene, rng: drawn.append(scene) or draw(scene, rng))
+    write_data_set(tmp_path, train_pictures=3000, test_pictures=40, turns=2)
     rows = {}
     for name in ("train", "test"):
         rows[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows["train"]) == 300
+    assert len(rows["train"]) == 3000
     assert len(rows["test"]) == 80
     assert {row["kind"] for row in rows["test"]} == {"colour", "count", "position", "shape"}
-    pictures = {name: {(tmp_path / "images" / row["image"]).read_bytes() for row in rows[name]} for name in rows}
-    assert len(pictures["train"]) == 300
-    assert not pictures["train"] & pictures["test"]
+    assert len(drawn) == 3000 + 40
+    assert not set(drawn[:3000]) & set(drawn[3000:])
 
 
 def test_questions_have_the_right_answers():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import IMAGE_SIZE, MOE, make_config, make_model
-from transformers import AutoModel, DynamicCache, LlamaConfig, SiglipVisionConfig, StaticCache
+from transformers import AutoModel, DynamicCache, GPT2Config, LlamaConfig, SiglipVisionConfig, StaticCache
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVModel
 from minimind_v_hf.modeling_minimind_v import MiniMindExperts
@@ -301,16 +301,38 @@ def test_compiles_without_graph_breaks(model):
 
 
 @torch.no_grad()
-def test_other_encoder_and_decoder():
-    llama = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_encoder_and_decoder(decoder):
     siglip = SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
     )
-    config = MiniMindVConfig(text_config=llama, vision_config=siglip, image_token_id=5)
+    config = MiniMindVConfig(text_config=decoder, vision_config=siglip, image_token_id=5)
     model = MiniMindVForConditionalGeneration(config).eval()
     input_ids = prompt(model, 4, 6)
     output = model.generate(input_ids, pixel_values=pixels(), max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert output.shape[1] == input_ids.shape[1] + 3
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == decoder.tie_word_embeddings
+    assert not torch.equal(model(input_ids, pixel_values=pixels()).logits, model(input_ids, pixel_values=-pixels()).logits)
+
+
+def test_pictures_of_another_size_are_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="32x32 pixels, but the encoder expects 16x16"):
+        model(prompt(model, 4, 6), pixel_values=torch.zeros(1, 3, 32, 32))
+
+
+def test_text_alone_leaves_the_encoder_in_peace_when_generating():
+    model = make_model().train()
+    model.model.vision_tower.forward = None
+    output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert output.shape == (1, 6)
 
 
 @pytest.mark.parametrize(("layer_norm", "layers", "patches"), [(False, 1, 1), (True, 2, 1), (False, 2, 4)])

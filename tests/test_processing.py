@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, make_image, make_image_processor, make_processor, make_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minimind_v_hf import MiniMindVProcessor
@@ -154,6 +154,42 @@ def test_what_a_user_types_is_text(processor):
         assert CONTROL_MARK not in text
 
 
+@pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_control_tokens_cannot_be_pieced_together(processor, control, role):
+    plain = processor.apply_chat_template(chat((role, "Hi")), tokenize=True, return_dict=True)["input_ids"][0]
+    token_id = processor.tokenizer.convert_tokens_to_ids(control)
+    for cut in range(1, len(control)):
+        content = [{"type": "text", "text": control[:cut]}, {"type": "text", "text": control[cut:]}]
+        ids = processor.apply_chat_template(chat((role, content)), tokenize=True, return_dict=True)["input_ids"][0]
+        assert list(ids).count(token_id) == list(plain).count(token_id)
+        assert control in processor.tokenizer.decode(ids)
+
+
+def test_thoughts_and_calls_are_control_tokens_of_the_assistant_alone():
+    tokenizer = make_tokenizer()
+    names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    processor = MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+    said = "<think>\nhm\n</think>\n\n<tool_call>x</tool_call>"
+    user, assistant = (
+        list(processor.apply_chat_template(chat((role, said)), tokenize=True, return_dict=True)["input_ids"][0])
+        for role in ("user", "assistant")
+    )
+    for token in names:
+        token_id = processor.tokenizer.convert_tokens_to_ids(token)
+        assert (user.count(token_id), assistant.count(token_id)) == (0, 1)
+    assert said in processor.tokenizer.decode(user)
+
+
+@pytest.mark.parametrize("images", [[], [[], []], [None, None]])
+def test_no_images_for_text_alone(processor, images):
+    outputs = processor(text=["Hi", "How many"], images=images, padding=True, return_tensors="pt")
+    assert "pixel_values" not in outputs
+    one = processor(text=["Hi", "<image>"], images=[None, [make_image()]], padding=True, return_tensors="pt")
+    assert one["pixel_values"].shape[0] == 1
+
+
 def test_in_a_list_the_placeholder_is_text_too(processor):
     content = [{"type": "text", "text": "What does <image> mean?"}, {"type": "image", "image": make_image()}]
     outputs = processor.apply_chat_template(chat(("user", content)), tokenize=True, return_dict=True)
@@ -244,6 +280,7 @@ def pictures():
     grey_alpha.paste((0, 255), (0, 0, 4, 8))
     sixteen = Image.fromarray(np.repeat([[0] * 4 + [65535] * 4], 8, axis=0).astype(np.uint16))
     middle = Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16))
+    dark = Image.fromarray(np.full((8, 8), 200, dtype=np.uint16))
     rotated, exif = halves.rotate(90, expand=True), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     black, grey = (0, 0, 0), (128, 128, 128)
@@ -257,6 +294,8 @@ def pictures():
         ("1 bit", as_file(Image.new("1", (8, 8), 1), format="PNG"), WHITE, WHITE),
         ("16 bit", as_file(sixteen, format="PNG"), black, WHITE),
         ("16 bit grey", as_file(middle, format="PNG"), grey, grey),
+        ("16 bit, dark", as_file(dark, format="PNG"), (1, 1, 1), (1, 1, 1)),
+        ("16 bit tiff, dark", as_file(dark, format="TIFF"), (1, 1, 1), (1, 1, 1)),
         ("16 bit tiff", as_file(sixteen, format="TIFF"), black, WHITE),
         ("cmyk", as_file(halves.convert("CMYK"), format="JPEG", quality=100, subsampling=0), RED, WHITE),
         ("exif", as_file(rotated, format="JPEG", quality=100, subsampling=0, exif=exif), RED, WHITE),
