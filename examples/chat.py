@@ -1,48 +1,178 @@
-"""Ask a saved model about a picture; the answer appears as it is written.
+"""Talk with a saved model about pictures, in a terminal.
 
+    python examples/chat.py --model runs/quickstart/model
     python examples/chat.py --model runs/quickstart/model --image photo.jpg "What colour is the shape at the top left?"
 
-Only transformers is needed, not this package: a saved folder brings its own code.
+With a question it answers that and ends; without one it goes on talking. A picture may be a path or a URL, and a file that is
+dragged into the terminal is understood as well. Ctrl-C stops an answer, Ctrl-D leaves.
+
+Only transformers is needed: a saved folder brings its own code, which is run. Where the package minimind_v_hf is installed,
+its code is used instead.
 """
 
 import argparse
+import contextlib
+import mimetypes
+import os
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from conversation import Answer, Conversation, load_model
+from transformers import TextStreamer
+
+
+HELP = """\
+/image PATH or URL   show a picture; several may be given. A path inside a question, or dragged here, does the same
+/video PATH or URL   show a video: one frame a second, at most 64
+/reset               forget what was said and shown
+/help                this
+/quit, or Ctrl-D     leave
+Ctrl-C               stop the answer"""
+
+# A quoted stretch, or a word in which a backslash escapes a blank: what terminals write for a dragged file
+WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""" if os.name == "posix" else r"""'[^']*'|"[^"]*"|\S+""")
+
+
+def as_source(word: str) -> str:
+    """A path or URL as a terminal writes it: without quotes, escapes and file://."""
+    if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
+        word = word[1:-1]
+    elif os.name == "posix" and not word.startswith(("http://", "https://")):
+        word = re.sub(r"\\(.)", r"\1", word)
+    if word.startswith("file://"):
+        word = unquote(urlparse(word).path)
+    return os.path.expanduser(word)
+
+
+def media_kind(source: str) -> str | None:
+    """ "image" or "video" for a file that is there, or a URL, with such an ending."""
+    is_url = source.startswith(("http://", "https://"))
+    try:
+        if not is_url and not os.path.isfile(source):
+            return None
+    except ValueError:  # a null byte
+        return None
+    kind = mimetypes.guess_type(urlparse(source).path if is_url else source, strict=False)[0] or ""
+    return kind.partition("/")[0] if kind.startswith(("image/", "video/")) else None
+
+
+def split_line(line: str) -> tuple[str, list[tuple[str, str]]]:
+    """A line as typed, to the question and its (kind, path or URL) of pictures and videos, in order."""
+    media, text, end = [], "", 0
+    for match in WORD.finditer(line):
+        source = as_source(match.group())
+        kind = media_kind(source)
+        if kind is not None:
+            media.append((kind, source))
+            text += line[end : match.start()]
+            end = match.end()
+    return (text + line[end:]).strip(), media
+
+
+def attach(conversation: Conversation, kind: str, source: str) -> bool:
+    """Show the model a picture or a video; False, with the reason on the screen, when it cannot be read."""
+    try:
+        count = conversation.attach(**{kind: source})
+    except (ValueError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return False
+    print(f"[{Path(source).name}: {f'{count} frames' if kind == 'video' else 'a picture'}]", file=sys.stderr)
+    return True
+
+
+def answer(conversation: Conversation, question: str, **options) -> Answer | None:
+    """Print the answer as it is written, until its end or Ctrl-C. None, with the reason on the screen, when there is none."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        result = conversation.ask(question, streamer=streamer, stop=stop, **options)
+    except ValueError as error:
+        conversation.detach()
+        print(error, file=sys.stderr)
+        return None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    rate = f", {result.tokens_per_second:.0f} tokens/s" if result.tokens > 1 else ""
+    stopped = ", stopped" if result.stopped else ""
+    print(f"[{result.tokens} tokens, the first after {result.first_token_seconds:.2f} s{rate}{stopped}]", file=sys.stderr)
+    return result
+
+
+def talk(conversation: Conversation, **options) -> None:
+    """Read questions and commands until the end of the input."""
+    with contextlib.suppress(ImportError):  # not everywhere; it makes the line editable
+        import readline  # noqa: F401
+    print("Ask something, or show a picture: /help tells how.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D leaves.)", file=sys.stderr)
+            continue
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/reset":
+            conversation.reset()
+            print("[a new conversation]", file=sys.stderr)
+        elif command in ("/image", "/video"):
+            words = WORD.findall(rest)
+            if not words:
+                print(f"{command} needs a path or a URL.", file=sys.stderr)
+            for word in words:
+                attach(conversation, command[1:], as_source(word))
+        else:
+            question, media = split_line(line)
+            if not media and re.fullmatch(r"/[a-z]+", command):
+                print(f"There is no {command}: /help lists what there is.", file=sys.stderr)
+            elif not all(attach(conversation, kind, source) for kind, source in media):
+                conversation.detach()
+                print("So the question was not put, and no picture waits for one.", file=sys.stderr)
+            elif question:
+                answer(conversation, question, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", help="what to ask")
+    parser.add_argument("question", nargs="?", help="what to ask; without it the talk goes on until Ctrl-D")
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
     parser.add_argument("--image", action="append", default=[], help="path or URL of a picture; may be given several times")
+    parser.add_argument("--video", action="append", default=[], help="path or URL of a video: one frame a second, at most 64")
+    parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (default)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="sample among the likeliest of this share (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens; 0 for any number (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, repeats less (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
     arguments = parser.parse_args()
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    options = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
+    if arguments.temperature > 0:
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options |= {"top_p": arguments.top_p, "top_k": arguments.top_k}
 
-    # ── Model ──
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
-
-    # ── Question ──
-    content = [{"type": "image", "path": path} for path in arguments.image]
-    content.append({"type": "text", "text": ("\n" if content else "") + arguments.question})
-    try:
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    except ValueError as error:
-        parser.error(str(error))
-
-    # ── Answer ──
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs.to(device), **sampling, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    conversation = Conversation(*load_model(arguments.model), system=arguments.system)
+    media = [("image", source) for source in arguments.image] + [("video", source) for source in arguments.video]
+    if not all(attach(conversation, kind, source) for kind, source in media):
+        sys.exit(2)
+    if arguments.question is None:
+        talk(conversation, **options)
+    elif answer(conversation, arguments.question, **options) is None:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,199 @@
-"""Ask a saved model every question of a data set, in batches, and count the exact answers.
+"""Ask a saved model every question of a data set, in batches, and measure its answers.
 
     python examples/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/test.jsonl \\
         --images runs/quickstart/data/images --output answers.jsonl
 
-The data set is JSONL in the MiniMind-V format; the last message of each row is the right answer. Only transformers is
-needed, not this package: a saved folder brings its own code.
+The data set is JSONL in the MiniMind-V format; the last message of each row is the right answer. What is measured:
+
+* exact: the answer is the right one, letter by letter.
+* token F1: the harmonic mean of precision and recall over words, or over characters in Chinese, without regard to case and
+  punctuation; the mean over the questions.
+* BLEU: of all answers together, by sacrebleu, with its Chinese tokenisation where the right answers have Chinese. Answers
+  shorter than four words are judged by the n-grams that they can have (effective order).
+* choice: of a row's `"choices": ["A", "B", ...]`, the likeliest is the right one. The likelihood is that of the whole answer
+  with its end, so that long and short ones compete fairly.
+
+A row's "kind", if it has one, groups the table. A run that was cut short goes on where it stopped when it is started again. The
+wrong answers are drawn beside the output file. Only transformers is needed, not this package: a saved folder brings its own
+code. BLEU needs sacrebleu, and the sheet needs matplotlib.
 """
 
 import argparse
 import json
+import re
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+HAN = "㐀-鿿豈-﫿"
+WORD = re.compile(f"[{HAN}]|[^\\W{HAN}]+")  # a Chinese character, or a word of anything else
+
+
+# ── Measures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def token_f1(answer: str, right: str) -> float:
+    """Harmonic mean of precision and recall over words and Chinese characters; 1 where neither text has any."""
+    said, wanted = (WORD.findall(text.lower()) for text in (answer, right))
+    common = (Counter(said) & Counter(wanted)).total()
+    return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+
+
+def corpus_bleu(answers: list[str], right: list[str]) -> float | None:
+    """BLEU from 0 to 100; None where sacrebleu is not installed."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return None
+    chinese = any(re.search(f"[{HAN}]", text) for text in right)
+    return BLEU(tokenize="zh" if chinese else "13a", effective_order=True).corpus_score(answers, [right]).score
+
+
+def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: list[list[str]]) -> list[list[float]]:
+    """The log-likelihood of each choice, with the end token after it, as the answer to each prompt.
+
+    Pictures and prompts are read once; the choices go on from their cache.
+
+    Args:
+        inputs: prompts padded on the left, as the processor gives them.
+        choices: those of each prompt; prompts may have different numbers of them.
+    """
+    tokenizer = processor.tokenizer
+    outputs = model(**inputs, use_cache=True, logits_to_keep=1)
+    first, cache = outputs.logits[:, -1:].float().log_softmax(-1), outputs.past_key_values
+    scores: list[list[float]] = [[] for _ in choices]
+    for number in range(max(map(len, choices))):
+        texts = [some[number] if number < len(some) else "" for some in choices]
+        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids], device=first.device)
+        log_probabilities = first
+        if longest > 1:
+            mask = torch.cat((inputs["attention_mask"], torch.ones_like(padded[:, 1:])), dim=1)
+            later = model(padded[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            log_probabilities = torch.cat((first, later.float().log_softmax(-1)), dim=1)
+            cache.crop(1 - longest)  # back to the prompts
+        taken = log_probabilities.gather(2, padded[..., None])[..., 0]
+        for row, (some, tokens) in enumerate(zip(choices, ids, strict=True)):
+            if number < len(some):
+                scores[row].append(taken[row, : len(tokens)].sum().item())
+    return scores
+
+
+# ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def picture_names(row: dict[str, Any]) -> list[str]:
+    return [name.strip() for name in (row.get("image") or "").split(",") if name.strip()]
+
+
+def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
+    """The rows of a data set.
+
+    Raises:
+        ValueError: a row is of another form, or a picture is missing; the message names the line.
+    """
+    rows = []
+    with open(data, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                roles = [message["role"] for message in row["conversations"]]
+                contents = [message["content"] for message in row["conversations"]]
+                names = picture_names(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{data}, line {number}: not a row in the MiniMind-V format ({error!r})") from error
+            if len(roles) < 2 or roles[-1] != "assistant":
+                raise ValueError(f"{data}, line {number}: expected a question, and last the assistant's right answer")
+            placeholders = sum(content.count("<image>") for content in contents[:-1])
+            if placeholders != len(names):
+                raise ValueError(f"{data}, line {number}: {placeholders} <image> placeholders, but {len(names)} pictures")
+            if missing := [name for name in names if not (images / name).is_file()]:
+                raise ValueError(f"{data}, line {number}: there is no {images / missing[0]}")
+            if "choices" in row and contents[-1] not in row["choices"]:
+                raise ValueError(f"{data}, line {number}: the right answer {contents[-1]!r} is not among its choices")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{data} has no rows")
+    return rows
+
+
+def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers that an interrupted run of the same settings left, and a file that ends with them."""
+    done = []
+    if unfinished.exists():
+        lines = unfinished.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and lines[0] == json.dumps(settings) + "\n":
+            done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]  # the last may be half a line
+            print(f"{len(done)} of {len(rows)} questions were answered before.", file=sys.stderr)
+        else:
+            print(f"{unfinished} is of another model, data set or length: starting anew.", file=sys.stderr)
+    rest = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+    unfinished.write_text(json.dumps(settings) + "\n" + rest, encoding="utf-8")
+    return done
+
+
+def fingerprint(path: str | Path) -> list:
+    """Tells a file or folder from what it is after a change."""
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.inference_mode()
+def answer(model, processor, batch: list[dict[str, Any]], images: Path, max_new_tokens: int) -> list[dict[str, Any]]:
+    """The rows with "answer" and its measures; those with choices also with "choice" and "choice_right"."""
+    prompts = processor.apply_chat_template([row["conversations"][:-1] for row in batch], add_generation_prompt=True)
+    pictures = [[str(images / name) for name in picture_names(row)] for row in batch]
+    inputs = processor(text=prompts, images=pictures if any(pictures) else None, padding=True, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    results = []
+    for row, text in zip(batch, answers, strict=True):
+        text, right = text.strip(), row["conversations"][-1]["content"].strip()
+        results.append({**row, "answer": text, "right": text == right, "f1": token_f1(text, right)})
+    choices = [row.get("choices", []) for row in batch]
+    if any(choices):
+        for row, scores in zip(results, choice_scores(model, processor, inputs, choices), strict=True):
+            if scores:
+                row["choice"] = row["choices"][scores.index(max(scores))]
+                row["choice_right"] = row["choice"] == row["conversations"][-1]["content"]
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The measures of each kind of question, of each language, and of all."""
+    right = {id(row): row["conversations"][-1]["content"].strip() for row in rows}
+    chinese = {id(row): bool(re.search(f"[{HAN}]", right[id(row)])) for row in rows}
+    groups = {kind: [row for row in rows if row.get("kind") == kind] for kind in sorted({row.get("kind", "") for row in rows})}
+    groups.pop("", None)
+    if len(set(chinese.values())) == 2:
+        groups["in Chinese"] = [row for row in rows if chinese[id(row)]]
+        groups["in other languages"] = [row for row in rows if not chinese[id(row)]]
+    groups["all"] = rows
+    lines = [f"{'questions':<20}{'asked':>8}{'exact':>9}{'token F1':>10}{'BLEU':>8}{'choice':>9}"]
+    for name, group in groups.items():
+        exact, f1 = (sum(row[key] for row in group) / len(group) for key in ("right", "f1"))
+        bleu = corpus_bleu([row["answer"] for row in group], [right[id(row)] for row in group])
+        chosen = [row["choice_right"] for row in group if "choice" in row]
+        choice = f"{sum(chosen) / len(chosen):.1%}" if chosen else "–"
+        score = "–" if bleu is None else f"{bleu:.1f}"
+        lines.append(f"{name:<20}{len(group):>8}{exact:>9.1%}{f1:>10.1%}{score:>8}{choice:>9}")
+    if bleu is None:
+        lines.append("BLEU needs sacrebleu: pip install sacrebleu")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -28,35 +208,51 @@ def main() -> None:
     for path in (arguments.data, arguments.images):
         if not path.exists():
             parser.error(f"there is no {path}")
+    try:
+        rows = read_rows(arguments.data, arguments.images)
+    except ValueError as error:
+        parser.error(str(error))
 
     # ── Model ──
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
 
-    # ── Questions ──
-    with open(arguments.data, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-
     # ── Answers ──
-    exact = 0
+    settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data), "length": arguments.max_new_tokens}
     unfinished = arguments.output.with_suffix(".part")
-    with open(unfinished, "w", encoding="utf-8") as file, tqdm(total=len(rows), desc="Answering", unit="question") as progress:
-        for start in range(0, len(rows), arguments.batch_size):
+    done = finished_rows(unfinished, settings, rows)
+    with (
+        open(unfinished, "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=len(done), desc="Answering", unit="question") as progress,
+    ):
+        for start in range(len(done), len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
-            prompts = processor.apply_chat_template([row["conversations"][:-1] for row in batch], add_generation_prompt=True)
-            names = [[name.strip() for name in row.get("image", "").split(",") if name.strip()] for row in batch]
-            images = [[str(arguments.images / name) for name in some] for some in names]
-            inputs = processor(text=prompts, images=images if any(images) else None, padding=True, return_tensors="pt")
-            output = model.generate(**inputs.to(device), max_new_tokens=arguments.max_new_tokens, do_sample=False)
-            answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, answer in zip(batch, answers, strict=True):
-                right = answer.strip() == row["conversations"][-1]["content"].strip()
-                exact += right
-                file.write(json.dumps({**row, "answer": answer.strip(), "right": right}, ensure_ascii=False) + "\n")
+            results = answer(model, processor, batch, arguments.images, arguments.max_new_tokens)
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
+            file.flush()
+            done += results
             progress.update(len(batch))
-    unfinished.replace(arguments.output)
-    print(f"{exact} of {len(rows)} answers are exact ({exact / max(len(rows), 1):.1%}). They are in {arguments.output}.")
+    whole = arguments.output.with_suffix(".whole")
+    whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), encoding="utf-8")
+    whole.replace(arguments.output)
+    unfinished.unlink()
+
+    # ── What came out ──
+    print(table(done))
+    exact = sum(row["right"] for row in done)
+    print(f"{exact} of {len(done)} answers are exact ({exact / len(done):.1%}). They are in {arguments.output}.")
+    sheet = arguments.output.with_name(f"{arguments.output.stem}_errors.png")
+    sheet.unlink(missing_ok=True)
+    wrong = [row for row in done if not row["right"] and picture_names(row)]
+    if wrong:
+        try:
+            from figures import draw_answers
+        except ImportError:
+            print("A sheet of the wrong answers needs matplotlib: pip install matplotlib")
+        else:
+            draw_answers(wrong, arguments.images, sheet)
+            print(f"Wrong answers are drawn in {sheet}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The pictures that the examples draw: held-out questions with their answers, and the loss."""
 
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,19 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, col
     """Draw a sheet of pictures, each with question, answer, and right or wrong.
 
     Args:
-        rows: as `evaluate.py` writes them.
+        rows: as `evaluate.py` writes them; of several pictures the first is drawn, and of several questions the last.
         image_folder: where the pictures are.
         path: the PNG file to write.
         columns: pictures side by side.
-        lines: pictures one below the other.
+        lines: pictures one below the other, at most.
     """
     font = chinese_font()
-    if font is None and not all(row["conversations"][0]["content"].isascii() for row in rows):
+    if font is None and not all(_question(row).isascii() for row in rows):
         print("No font with Chinese glyphs was found (install Noto Sans CJK, say): the sheet shows English questions only.")
-        rows = [row for row in rows if row["conversations"][0]["content"].isascii()]
+        rows = [row for row in rows if _question(row).isascii()]
     # As many right and wrong ones as there are: a fair sample
     rows = random.Random(0).sample(rows, min(len(rows), columns * lines))
+    lines = max(1, math.ceil(len(rows) / columns))
     with matplotlib.rc_context({"font.family": [name for name in (font, "DejaVu Sans") if name]}):
         figure = Figure(figsize=(columns * 2.3, lines * 2.75), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.08, hspace=0.06)
@@ -63,13 +65,23 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, col
                 axis.axis("off")
                 continue
             colour = RIGHT if row["right"] else WRONG
-            axis.imshow(Image.open(image_folder / row["image"]))
-            axis.set_title(wrap(row["conversations"][0]["content"].replace("<image>", "").strip()), fontsize=9)
-            verdict = row["answer"] if row["right"] else f"{row['answer']} (not {row['conversations'][1]['content']})"
-            axis.set_xlabel(("✓ " if row["right"] else "✗ ") + verdict, color=colour, fontsize=11)
+            axis.imshow(Image.open(image_folder / row["image"].split(",")[0].strip()))
+            axis.set_title(wrap(_shorten(_question(row))), fontsize=9)
+            answer, right = (_shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
+            verdict = answer if row["right"] else f"{answer} (not {right})"
+            axis.set_xlabel(wrap(("✓ " if row["right"] else "✗ ") + verdict, 26), color=colour, fontsize=11)
             for spine in axis.spines.values():
                 spine.set(color=colour, linewidth=3)
         figure.savefig(path, dpi=110)
+
+
+def _question(row: dict[str, Any]) -> str:
+    return row["conversations"][-2]["content"].replace("<image>", "").strip()
+
+
+def _shorten(text: str, length: int = 48) -> str:
+    text = " ".join(text.split()).replace("$", r"\$")  # which would begin a formula
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def wrap(text: str, width: int = 24) -> str:

@@ -9,6 +9,7 @@ and needs no network.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -180,7 +181,8 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nLook at {folder / 'answers.png'} and {folder / 'loss.png'}. Talk to the model:")
     picture = data / "images" / "test-00000.jpg"
-    print(f'python examples/chat.py --model {model_folder} --image {picture} "How many shapes are there?"')
+    python = Path(os.path.relpath(sys.executable)).as_posix()
+    print(f'{python} examples/chat.py --model {model_folder} --image {picture} "How many shapes are there?"')
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 Three things happen here that an image processor and a tokenizer do not do by themselves:
 
-* Pictures of every kind (paths, URLs, arrays; palette, CMYK, 16-bit, rotated) become RGB as a person sees them.
-* `<image>` in a prompt becomes one image token for each vector that the model makes of a picture.
+* Pictures of every kind (paths, URLs, arrays; palette, CMYK, 16-bit, rotated) become RGB as a person sees them, and videos
+  become pictures: see video_minimind_v.py.
+* `<image>` in a prompt becomes one image token for each vector that the model makes of a picture; `<video>` becomes one such
+  run for each frame.
 * What a user types is text. The chat template puts a mark into anything in a message that looks like a control token,
   `<|im_start|>` say; the marked string is not recognised as one, and the tokenizer's normalizer takes the mark out again.
 
-This file is copied into every saved model folder, so it depends on torch and transformers alone.
+This file is copied into every saved model folder, so it depends on torch and transformers alone; videos need PyAV.
 """
 
 import base64
@@ -17,6 +19,7 @@ import http.client
 import io
 import json
 import os
+import re
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable
@@ -33,14 +36,19 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
+from transformers.video_utils import VideoInput
 
 from .configuration_minimind_v import MiniMindVConfig
+from .video_minimind_v import MAX_NUM_FRAMES, read_video, sample_uniformly
 
 
 logger = logging.get_logger(__name__)
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where a picture belongs in a prompt or a data set, whatever the tokenizer's own image token is."""
+
+VIDEO_PLACEHOLDER = "<video>"
+"""Where a video belongs in a prompt."""
 
 CONTROL_MARK = "\ufdd0"
 """A Unicode noncharacter, which is reserved for use inside a program: it stands in no text."""
@@ -50,6 +58,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 
 _DOWNLOAD_TIMEOUT = 30  # seconds
 _MAX_DOWNLOAD = 64 * 2**20  # bytes
+_MAX_VIDEO_DOWNLOAD = 512 * 2**20
 
 
 # ── The chat template ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,7 +68,7 @@ _CHAT_TEMPLATE = """\
 {%- macro plain(text) -%}
     {{- text | replace("<", "<" ~ mark) -}}
 {%- endmacro -%}
-{#- A string may hold <image>. In a list, pictures are items of their own, and <image> in a text item is text. -#}
+{#- A string may hold <image>. In a list, pictures and videos are items of their own, and <image> in a text item is text. -#}
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- plain(content) | replace("<" ~ mark ~ "image>", picture) -}}
@@ -67,10 +76,12 @@ _CHAT_TEMPLATE = """\
         {%- for item in content or [] -%}
             {%- if item.type == "image" -%}
                 {{- picture -}}
+            {%- elif item.type == "video" -%}
+                {{- "<video>" -}}
             {%- elif item.type == "text" -%}
                 {{- plain(item.text) -}}
             {%- else -%}
-                {{- raise_exception("Unknown content type '" ~ item.type ~ "': expected 'image' or 'text'.") -}}
+                {{- raise_exception("Unknown content type '" ~ item.type ~ "': expected 'image', 'video' or 'text'.") -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -248,12 +259,7 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
         if isinstance(name, bytes):
             file = io.BytesIO(name)
         elif name.lower().startswith(("http://", "https://")):
-            url = urllib.parse.quote(name, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
-            request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})
-            with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
-                file = io.BytesIO(response.read(_MAX_DOWNLOAD + 1))
-            if file.getbuffer().nbytes > _MAX_DOWNLOAD:
-                raise ValueError(f"the download exceeds {_MAX_DOWNLOAD >> 20} MiB")
+            file = _download(name, _MAX_DOWNLOAD)
         elif not os.path.isfile(name):
             file = io.BytesIO(_decode_base64(name))
         image = Image.open(file)
@@ -267,6 +273,16 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
             "resize the file, or pass it as a PIL image if you trust it"
         )
     return image
+
+
+def _download(url: str, max_bytes: int) -> io.BytesIO:
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
+    request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})
+    with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
+        file = io.BytesIO(response.read(max_bytes + 1))
+    if file.getbuffer().nbytes > max_bytes:
+        raise ValueError(f"the download exceeds {max_bytes >> 20} MiB")
+    return file
 
 
 def _decode_base64(text: str) -> bytes:
@@ -323,6 +339,53 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Image]:
+    """The frames of a video that the model is shown: see `video_minimind_v.read_video`.
+
+    Args:
+        source: a path, a URL, the bytes of a file, or frames: a list of pictures or an array (frames, H, W, 3). Of frames, all
+            are taken, or `max_frames` of them at the middle of equal parts.
+        max_frames: frames at most.
+
+    Raises:
+        ValueError: the video cannot be read, with the reason.
+        ImportError: PyAV is not installed.
+    """
+    if isinstance(source, (str, os.PathLike, bytes)):
+        name = os.fspath(source)
+        file: Any = name
+        if isinstance(name, bytes):
+            file = io.BytesIO(name)
+        elif name.lower().startswith(("http://", "https://")):
+            try:
+                file = _download(name, _MAX_VIDEO_DOWNLOAD)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+        elif not os.path.isfile(name):
+            raise ValueError("there is no such file, and it is no URL")
+        return read_video(file, max_frames)
+    if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)) or len(source) == 0:
+        raise ValueError(f"expected a path, a URL or a list of frames, got {type(source).__name__}")
+    return [load_image(source[index]) for index in sample_uniformly(len(source), max_frames)]
+
+
+def _is_video(item: Any) -> bool:
+    """Whether this is one video: a file of it, an array of frames or a list of pictures, rather than a list of videos."""
+    if isinstance(item, (list, tuple)):
+        return bool(item) and all(
+            isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim < 4)
+            for frame in item
+        )
+    return isinstance(item, (str, os.PathLike, bytes)) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 4)
+
+
+def _name(source: Any) -> str:
+    return f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
+
+
+_COUNTED = "(Both counted from 0.)"
+
+
 # ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -348,6 +411,8 @@ class MiniMindVProcessor(ProcessorMixin):
 
     valid_processor_kwargs = MiniMindVProcessorKwargs
     _auto_class = "AutoProcessor"
+    video_token = VIDEO_PLACEHOLDER  # which becomes runs of image tokens, so it has no id
+    video_processor = None  # to transformers this says that videos are understood: their frames go to the image processor
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length=None, **kwargs):
         if image_seq_length is None:
@@ -370,25 +435,30 @@ class MiniMindVProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        videos: None = None,
+        videos: VideoInput | None = None,
         audio: None = None,
         **kwargs: Unpack[MiniMindVProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare prompts and their pictures for the model.
+        """Prepare prompts, their pictures and their videos for the model.
 
         Args:
             images: a picture, a list of them in the order of their placeholders, or a list per sample. See `load_image`.
-            text: a prompt with one `<image>` per picture, or a list of prompts.
-            kwargs: of the tokenizer (`padding=True`, …), of the image processor, and `return_tensors`.
+            text: a prompt with one `<image>` per picture and one `<video>` per video, or a list of prompts.
+            videos: a video, a list of them, or a list per sample; a frame of each second becomes a picture. See `load_video`.
+            kwargs: of the tokenizer (`padding=True`, …), of the image processor, `num_frames` (of a video at most), and
+                `return_tensors`.
 
         Returns:
             `input_ids` and `attention_mask` (batch, tokens), and `pixel_values` (images in the whole batch, 3, height, width).
 
         Raises:
-            ValueError: a picture cannot be read, or pictures and placeholders do not match in number.
+            ValueError: a picture or a video cannot be read, or they and their placeholders do not match in number.
+            ImportError: a video is given, and PyAV is not installed.
         """
         outputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if "offset_mapping" in outputs and version.parse(transformers_version) < version.parse("5.18"):
+            if videos is not None:
+                raise ValueError("Offsets (and so the assistant mask) of a prompt with a video need transformers 5.18.")
             # Before 5.18, `apply_chat_template(return_assistant_tokens_mask=True)` looks for offsets in the prompt as it
             # was before `<image>` became many tokens
             offsets = zip(outputs["input_ids"], outputs["offset_mapping"], strict=True)
@@ -408,11 +478,14 @@ class MiniMindVProcessor(ProcessorMixin):
         return moved
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Load the pictures, flatten them in the order of their placeholders, and check that the counts match.
+        """Load the pictures and videos, put all in the order of their placeholders, and check that the counts match.
+
+        Returns:
+            images (the pictures, and the frames of the videos), text, videos (each a list of its frames), audio.
 
         Raises:
-            ValueError: a picture cannot be read, or a sample has more or fewer of them than placeholders. The message
-                names image and sample, both counted from 0.
+            ValueError: a picture or video cannot be read, or a sample has more or fewer of them than placeholders. The
+                message names it and the sample, both counted from 0.
         """
         if isinstance(text, str):
             text = [text]
@@ -420,16 +493,62 @@ class MiniMindVProcessor(ProcessorMixin):
             if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
                 raise ValueError("text: expected a string or a list of strings.")
             text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
-        placeholders = [sample.count(self.image_token) for sample in text] if text is not None else None
         if images is not None:
-            images = self._load_images(images, placeholders, kwargs) or None
-        elif placeholders and any(placeholders):
-            sample = next(i for i, count in enumerate(placeholders) if count)
-            raise ValueError(
-                f"Sample {sample} (counted from 0) has {placeholders[sample]} {IMAGE_PLACEHOLDER} placeholders, but no "
-                "images were passed."
-            )
+            images = self._load_images(images, self._count(text, self.image_token), kwargs) or None
+        else:
+            self._refuse_placeholders(text, self.image_token, "image")
+        if videos is not None:
+            videos = self._load_videos(videos, self._count(text, VIDEO_PLACEHOLDER), kwargs)
+            images = self._in_order(text, images or [], videos)
+        else:
+            self._refuse_placeholders(text, VIDEO_PLACEHOLDER, "video")
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    @staticmethod
+    def _count(text: list[str] | None, placeholder: str) -> list[int] | None:
+        return None if text is None else [sample.count(placeholder) for sample in text]
+
+    def _refuse_placeholders(self, text: list[str] | None, placeholder: str, kind: str) -> None:
+        for sample, count in enumerate(self._count(text, placeholder) or []):
+            if count:
+                raise ValueError(
+                    f"Sample {sample} (counted from 0) has {count} <{kind}> placeholders, but no {kind}s were passed."
+                )
+
+    def _in_order(self, text: list[str] | None, images: list, videos: list[list]) -> list:
+        """Pictures and frames as the model meets them."""
+        if text is None:
+            return [*images, *(frame for frames in videos for frame in frames)]
+        next_image, next_video, ordered = iter(images), iter(videos), []
+        for found in re.findall(f"{re.escape(self.image_token)}|{VIDEO_PLACEHOLDER}", "\n".join(text)):
+            ordered += next(next_video) if found == VIDEO_PLACEHOLDER else [next(next_image)]
+        return ordered
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Check what `prepare_inputs_layout` has not: it counted the pictures."""
+        text = None if images is not None else text
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _process_videos(self, videos: list[list], **kwargs) -> tuple[dict, list[str]]:
+        """What stands in the prompt for each video; its frames are among the pictures already."""
+        return {}, [self.replace_image_token({}, 0) * len(frames) for frames in videos]
+
+    def _load_videos(self, videos: Any, placeholders: list[int] | None, kwargs: dict) -> list[list]:
+        """The frames of all videos; `placeholders` are the counts per sample, to check against."""
+        options = {**(kwargs.get("videos_kwargs") or {}), **kwargs}
+        if options.get("fps") is not None:
+            raise ValueError("fps: one frame of each second is taken; choose how many at most by num_frames.")
+        if _is_video(videos) or not isinstance(videos, (list, tuple)):
+            videos = [videos]
+        is_nested = any(isinstance(item, (list, tuple)) and not _is_video(item) for item in videos)
+        samples = self._by_sample(videos, is_nested, placeholders, "video")
+        loaded = []
+        for sample, index, source in samples:
+            try:
+                loaded.append(load_video(source, options.get("num_frames") or MAX_NUM_FRAMES))
+            except ValueError as error:
+                raise ValueError(f"Cannot read video {index} of sample {sample}{_name(source)}: {error}. {_COUNTED}") from error
+        return loaded
 
     def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
         """All pictures in one list; `placeholders` are the counts per sample, to check against."""
@@ -437,53 +556,61 @@ class MiniMindVProcessor(ProcessorMixin):
             images = list(images)
         if not isinstance(images, (list, tuple)):
             images = [images]
-        if any(item is None or isinstance(item, (list, tuple)) for item in images):
-            samples = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in images]
-            if placeholders is not None:
-                self._check_counts(placeholders, [len(sample) for sample in samples])
-        elif placeholders is None:
-            samples = [list(images)]
-        else:
-            if sum(placeholders) != len(images):
-                if len(placeholders) == 1:
-                    self._check_counts(placeholders, [len(images)])
-                raise ValueError(
-                    f"The {len(placeholders)} samples have {placeholders} {IMAGE_PLACEHOLDER} placeholders, "
-                    f"{sum(placeholders)} in all, but {len(images)} images were passed. Pass one image per placeholder, "
-                    "in a list per sample to have each sample checked."
-                )
-            remaining = iter(images)
-            samples = [[next(remaining) for _ in range(count)] for count in placeholders]
-
+        is_nested = any(item is None or isinstance(item, (list, tuple)) for item in images)
+        samples = self._by_sample(images, is_nested, placeholders, "image")
         # Unrescaled arrays are the caller's own preprocessing
         keep_arrays = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
         loaded: list[Any] = []
-        for sample, sources in enumerate(samples):
-            for index, source in enumerate(sources):
-                if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
-                    loaded.append(source)
-                    continue
-                try:
-                    loaded.append(load_image(source))
-                except ValueError as error:
-                    name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
-                    raise ValueError(
-                        f"Cannot read image {index} of sample {sample}{name}: {error}. (Both counted from 0.)"
-                    ) from error
+        for sample, index, source in samples:
+            if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
+                loaded.append(source)
+                continue
+            try:
+                loaded.append(load_image(source))
+            except ValueError as error:
+                raise ValueError(f"Cannot read image {index} of sample {sample}{_name(source)}: {error}. {_COUNTED}") from error
         return loaded
 
+    def _by_sample(
+        self, items: Iterable, is_nested: bool, placeholders: list[int] | None, kind: str
+    ) -> list[tuple[int, int, Any]]:
+        """Pictures or videos, each with the number of its sample and its own number within that sample.
+
+        Raises:
+            ValueError: they do not match the placeholders in number.
+        """
+        items = list(items)
+        if is_nested:
+            samples = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in items]
+            if placeholders is not None:
+                self._check_counts(placeholders, [len(sample) for sample in samples], kind)
+        elif placeholders is None:
+            samples = [items]
+        else:
+            if sum(placeholders) != len(items):
+                if len(placeholders) == 1:
+                    self._check_counts(placeholders, [len(items)], kind)
+                raise ValueError(
+                    f"The {len(placeholders)} samples have {placeholders} <{kind}> placeholders, {sum(placeholders)} in all, "
+                    f"but {len(items)} {kind}s were passed. Pass one {kind} per placeholder, in a list per sample to have "
+                    "each sample checked."
+                )
+            remaining = iter(items)
+            samples = [[next(remaining) for _ in range(count)] for count in placeholders]
+        return [(sample, index, item) for sample, some in enumerate(samples) for index, item in enumerate(some)]
+
     @staticmethod
-    def _check_counts(placeholders: list[int], given: list[int]) -> None:
+    def _check_counts(placeholders: list[int], given: list[int], kind: str) -> None:
         if len(placeholders) != len(given):
             raise ValueError(
-                f"The number of {IMAGE_PLACEHOLDER} tokens in the prompts should be the same as the number of images in every "
-                f"sample, but there are {len(placeholders)} texts, and images for {len(given)} samples."
+                f"The number of <{kind}> tokens in the prompts should be the same as the number of {kind}s in every "
+                f"sample, but there are {len(placeholders)} texts, and {kind}s for {len(given)} samples."
             )
         for sample, (expected, count) in enumerate(zip(placeholders, given, strict=True)):
             if expected != count:
                 raise ValueError(
-                    f"Sample {sample} (counted from 0) has {expected} {IMAGE_PLACEHOLDER} placeholders, but {count} images "
-                    "were passed for it. Pass one image per placeholder."
+                    f"Sample {sample} (counted from 0) has {expected} <{kind}> placeholders, but {count} {kind}s "
+                    f"were passed for it. Pass one {kind} per placeholder."
                 )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):

@@ -23,6 +23,7 @@ FILES = {
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "video_minimind_v.py",
 }
 
 CHILD = """

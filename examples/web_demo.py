@@ -1,0 +1,229 @@
+"""Talk with saved models about pictures, in a browser, in English or Chinese as the browser is.
+
+    python examples/web_demo.py --model runs/quickstart/model
+
+Several models may be given, to choose among on the page. Needs gradio (`pip install gradio`), and PyAV for videos. The page is
+for this machine alone unless `--host 0.0.0.0` opens it to others. A folder's own code is run, unless the package
+minimind_v_hf is installed.
+"""
+
+import argparse
+import functools
+import random
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from chat import media_kind
+from conversation import Conversation, load_model
+from transformers import TextIteratorStreamer
+
+from shapes import all_scenes, draw
+
+
+TEXTS = gr.I18n(
+    en={
+        "intro": "A tiny model that looks at pictures. Show it one, and ask.",
+        "ask": "Ask something; add pictures or a video",
+        "model": "Model",
+        "new": "New conversation",
+        "options": "Sampling",
+        "temperature": "Temperature (0: always the likeliest)",
+        "top_p": "Top-p",
+        "top_k": "Top-k (0: any number)",
+        "penalty": "Repetition penalty",
+        "length": "Longest answer, in tokens",
+        "examples": "Examples",
+    },
+    zh={
+        "intro": "一个能看图的小模型。给它一张图片，然后提问。",
+        "ask": "请提问；可添加图片或视频",
+        "model": "模型",
+        "new": "新对话",
+        "options": "采样设置",
+        "temperature": "温度（0：总是取最可能的词）",
+        "top_p": "Top-p",
+        "top_k": "Top-k（0：不限）",
+        "penalty": "重复惩罚",
+        "length": "回答的最大长度（token 数）",
+        "examples": "示例",
+    },
+)
+
+CSS = """
+.gradio-container { max-width: 900px !important; margin: auto !important; }
+.gradio-container main { padding: 12px !important; }
+#title h1 { margin: 0; }
+#chat { height: max(320px, calc(100dvh - 430px)) !important; }
+#chat img { min-height: 110px; max-height: 200px; width: auto; border-radius: 8px; }
+#chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
+"""
+
+
+class Talk:
+    """What one visitor has going on: a conversation, and the wish to stop an answer."""
+
+    def __init__(self):
+        self.model: str | None = None
+        self.conversation: Conversation | None = None
+        self.stop = threading.Event()
+
+
+def respond(
+    message: dict[str, Any],
+    history: list[dict],
+    talk: Talk | None,
+    model: str,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    penalty: float,
+    length: int,
+) -> Iterator[tuple]:
+    """Answer on the page, piece by piece. Yields the history, the visitor's talk, the text box and the status."""
+    talk = talk or Talk()
+    talk.stop.clear()
+    question = (message.get("text") or "").strip()
+    files = message.get("files") or []
+    if not question:
+        yield history, talk, gr.update(), gr.update()
+        return
+    if talk.conversation is None or talk.model != model:
+        talk.model, talk.conversation = model, Conversation(*load_once(model))
+    conversation = talk.conversation
+    try:
+        for file in files:
+            conversation.attach(**{media_kind(file) or "image": file})
+    except (ValueError, ImportError) as error:
+        conversation.detach()
+        raise gr.Error(str(error), print_exception=False) from error
+    shown = [{"role": "user", "content": {"path": file}} for file in files]
+    history = [*history, *shown, {"role": "user", "content": question}]
+    yield history, talk, gr.update(value=None, submit_btn=False, stop_btn=True), ""
+
+    options: dict[str, Any] = {"max_new_tokens": int(length), "repetition_penalty": penalty}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
+    streamer = TextIteratorStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.append(conversation.ask(question, streamer=streamer, stop=talk.stop, **options))
+        except Exception as error:  # reported on the page, whatever it is
+            conversation.detach()
+            outcome.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    text = ""
+    try:
+        for piece in streamer:
+            text += piece
+            yield [*history, {"role": "assistant", "content": text}], talk, gr.update(), ""
+    finally:
+        talk.stop.set()  # the visitor has left, or the answer has ended
+        thread.join()
+    result = outcome[0]
+    ready = gr.update(submit_btn=True, stop_btn=False)
+    if isinstance(result, Exception):
+        gr.Warning(str(result))
+        yield history, talk, ready, ""
+        return
+    status = f"{result.tokens} tokens · {result.tokens_per_second:.0f} tokens/s"
+    yield [*history, {"role": "assistant", "content": text or "…"}], talk, ready, status
+
+
+def forget(talk: Talk | None) -> tuple:
+    """Stop the answer and begin anew, with the model that is chosen then."""
+    if talk is not None:
+        talk.stop.set()
+    return [], Talk(), None, ""
+
+
+@functools.lru_cache(maxsize=4)
+def load_once(folder: str):
+    return load_model(folder)
+
+
+def draw_examples(folder: Path) -> list[list[dict[str, Any]]]:
+    """Questions about pictures of coloured shapes, which are drawn into a folder."""
+    rng = random.Random(5)
+    scenes = [scene for scene in rng.sample(all_scenes(), 50) if sum(thing is not None for thing in scene) == 3]
+    asked = ["How many shapes are there?", "左上的图形是什么颜色？", "Which shape is at the bottom right?"]
+    examples = []
+    for number, (scene, question) in enumerate(zip(scenes, asked, strict=False)):
+        path = folder / f"shapes-{number}.png"
+        draw(scene, rng).save(path)
+        examples.append([{"text": question, "files": [str(path)]}])
+    return examples
+
+
+def build(models: list[str], examples: list[list[dict[str, Any]]]) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="MiniMind-V", analytics_enabled=False, fill_width=True) as page:
+        talk = gr.State(None)
+        gr.Markdown("# MiniMind-V", elem_id="title")
+        gr.Markdown(TEXTS("intro"), elem_id="intro")
+        model = gr.Dropdown(models, value=models[0], label=TEXTS("model"), visible=len(models) > 1, elem_id="model")
+        chatbot = gr.Chatbot(show_label=False, elem_id="chat", buttons=["copy"], feedback_options=None, allow_tags=False)
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder=TEXTS("ask"),
+            file_types=["image", "video"],
+            file_count="multiple",
+            sources=["upload"],
+            max_lines=5,
+            autofocus=True,
+            elem_id="box",
+        )
+        with gr.Row(elem_id="below"):
+            status = gr.Markdown("", elem_id="status")
+            new = gr.Button(TEXTS("new"), size="sm", elem_id="new", scale=0, min_width=140)
+        gr.Examples(examples, box, label=TEXTS("examples"))
+        with gr.Accordion(TEXTS("options"), open=False, elem_id="options"):
+            temperature = gr.Slider(0, 2, 0, step=0.05, label=TEXTS("temperature"))
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label=TEXTS("top_p"))
+            top_k = gr.Slider(0, 200, 0, step=1, label=TEXTS("top_k"))
+            penalty = gr.Slider(1, 2, 1, step=0.05, label=TEXTS("penalty"))
+            length = gr.Slider(1, 2048, 256, step=1, label=TEXTS("length"))
+        box.submit(
+            respond,
+            [box, chatbot, talk, model, temperature, top_p, top_k, penalty, length],
+            [chatbot, talk, box, status],
+            api_visibility="private",
+        )
+        box.stop(lambda talk: talk and talk.stop.set(), talk, queue=False, api_visibility="private")
+        for trigger in (new.click, model.change, chatbot.clear):
+            trigger(forget, talk, [chatbot, talk, box, status], queue=False, api_visibility="private")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", action="append", required=True, help="folder or Hub id; several may be given, to choose among"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
+    arguments = parser.parse_args()
+    load_once(arguments.model[0])  # a wrong folder shows now, and the first visitor does not wait
+    with tempfile.TemporaryDirectory() as folder:
+        build(arguments.model, draw_examples(Path(folder))).launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            allowed_paths=[folder],
+            i18n=TEXTS,
+            css=CSS,
+            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            footer_links=[],
+            max_file_size="512mb",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Videos: the frames of one that the model is shown, as pictures.
+
+One frame a second; of a long video as many as are allowed, at the middle of equal parts of it. PyAV decodes, and seeks where
+the next frame is far, so that an hour of video takes hardly longer than a few minutes of it.
+
+This file is copied into every saved model folder. It depends on Pillow alone until a video is read.
+"""
+
+import os
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+
+MAX_NUM_FRAMES = 64
+"""Frames of one video at most: each takes as many tokens of the prompt as a picture."""
+
+MAX_FRAME_PIXELS = 7680 * 4320
+"""Larger frames are refused before they are decoded."""
+
+_ENOUGH_PIXELS = 512  # on the shorter side: larger frames are shrunk at once, by a whole number, so that many fit into memory
+
+# Without playlists, which could make the decoder open other files and addresses, and without single pictures
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,flv,asf,ogg,gif,apng"
+
+
+def sample_uniformly(count: int, maximum: int) -> list[int]:
+    """Indices of at most `maximum` of `count` things: at the middle of that many equal parts, or all of them."""
+    if count <= maximum:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * maximum) for i in range(maximum)]  # ⌊i·g + g/2⌋ with g = count / maximum
+
+
+def read_video(file: str | os.PathLike | BinaryIO, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Image]:
+    """The first frame, then the first one of each further second, and of these at most `max_frames`.
+
+    Frames are turned upright where the file says so. Their times count, not their numbers, so that a recording with an
+    uneven rate is sampled evenly.
+
+    Args:
+        file: path, or a file opened for reading bytes.
+        max_frames: frames at most.
+
+    Raises:
+        ValueError: the file is no video, or is damaged, with the reason.
+        ImportError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Reading a video needs PyAV: pip install av") from error
+    try:
+        with av.open(file, options={"format_whitelist": _FORMATS}) as container:
+            if not container.streams.video:
+                raise ValueError("the file holds no video")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_FRAME_PIXELS:
+                raise ValueError(f"frames of {stream.width}x{stream.height} exceed the limit of {MAX_FRAME_PIXELS} pixels")
+            stream.thread_type = "AUTO"
+            times, keyframes = _scan(container, stream)
+            seconds = _first_of_each_second([float((time - times[0]) * stream.time_base) for time in times])
+            wanted = [times[seconds[i]] for i in sample_uniformly(len(seconds), max_frames)]
+            return _decode(container, stream, wanted, keyframes)
+    except OSError as error:  # of the system: no such file, no permission
+        raise ValueError(error.strerror or str(error)) from error
+    except av.error.FFmpegError as error:
+        raise ValueError(f"the file is not a video in a known format, or is damaged ({error.strerror})") from error
+
+
+def _scan(container: Any, stream: Any) -> tuple[list[int], list[int]]:
+    """The times of all frames and of the keyframes, ascending, in the stream's unit. Nothing is decoded.
+
+    Raises:
+        ValueError: there are none, or they end well before the length in the file's header.
+    """
+    times, keyframes, end = [], [], 0.0
+    for packet in container.demux():
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or packet.is_discard:
+            continue
+        end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index == stream.index:
+            times.append(time)
+            if packet.is_keyframe:
+                keyframes.append(time)
+    if not times:
+        raise ValueError("the file holds a video without frames")
+    # The length of other formats is a guess of FFmpeg's
+    if {"mp4", "matroska"} & set(container.format.name.split(",")) and container.duration is not None:
+        length = container.duration / 1e6
+        if length - end > 1:
+            raise ValueError(f"the file is cut off: it should last {length:.1f} s, but ends after {end:.1f} s")
+    return sorted(times), sorted(keyframes)
+
+
+def _first_of_each_second(seconds: list[float]) -> list[int]:
+    """Indices of the first frame in each second that has one, of frames at these ascending times."""
+    chosen, current = [], -1
+    for index, second in enumerate(seconds):
+        if int(second + 1e-6) > current:
+            current = int(second + 1e-6)
+            chosen.append(index)
+    return chosen
+
+
+def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]) -> list[Image.Image]:
+    """The frames of these times, as upright pictures of a moderate size."""
+    images: list[Image.Image] = []
+    position = None  # of the frame decoded last
+    frames: Any = iter(())
+    for time in wanted:
+        start = max((keyframe for keyframe in keyframes if keyframe <= time), default=None)
+        if position is None or (start is not None and start > position):
+            container.seek(time, stream=stream)
+            frames = container.decode(stream)
+        for frame in frames:
+            position = frame.dts if frame.pts is None else frame.pts
+            if position is None or position >= time:
+                images.append(_to_image(frame))
+                break
+        else:
+            second = float(time * stream.time_base)
+            raise ValueError(f"the file is damaged: its frame at {second:.1f} s cannot be decoded")
+    return images
+
+
+def _to_image(frame: Any) -> Image.Image:
+    image = frame.to_image()
+    factor = min(image.size) // _ENOUGH_PIXELS
+    if factor > 1:
+        image = image.reduce(factor)
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

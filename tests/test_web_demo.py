@@ -1,0 +1,122 @@
+"""The web page: in a real browser as a person uses it, where there is one."""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image, make_model, make_processor
+
+
+pytest.importorskip("gradio")
+import web_demo
+
+
+DEMO = Path(__file__).parents[1] / "examples" / "web_demo.py"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SAMPLING = {"temperature": 0, "top_p": 0.9, "top_k": 0, "penalty": 1, "length": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("web")
+    for name, seed in (("talker", 3), ("other", 4)):
+        torch.manual_seed(seed)
+        model = make_model({"max_position_embeddings": 100_000})
+        model.generation_config.eos_token_id = None  # it talks until it is stopped
+        model.save_pretrained(path / name)
+        make_processor().save_pretrained(path / name)
+    make_image().save(path / "red.png")
+    (path / "broken.png").write_text("no picture")
+    return path
+
+
+def steps(folder, text, files=(), talk=None, history=(), model="talker", **sampling):
+    message = {"text": text, "files": [str(folder / name) for name in files]}
+    return list(web_demo.respond(message, list(history), talk, str(folder / model), **SAMPLING | sampling))
+
+
+def test_answers_stream_and_the_conversation_goes_on(folder):
+    updates = steps(folder, "What?", ["red.png"])
+    texts = [history[-1]["content"] for history, *_ in updates[1:]]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    history, talk, _, status = updates[-1]
+    assert [message["role"] for message in history] == ["user", "user", "assistant"]
+    assert re.fullmatch(r"6 tokens · \d+ tokens/s", status)
+    history, talk, *_ = steps(folder, "And?", talk=talk, history=history)[-1]
+    assert len(history) == 5
+    assert len(talk.conversation.messages) == 4
+    history, other, *_ = steps(folder, "And?", talk=talk, model="other")[-1]
+    assert len(other.conversation.messages) == 2  # another model knows nothing of it
+
+
+def test_what_cannot_be_read_is_said(folder):
+    import gradio
+
+    with pytest.raises(gradio.Error, match="not a picture in a known format"):
+        steps(folder, "What?", ["red.png", "broken.png"])
+    assert len(steps(folder, "  ")) == 1
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(DEMO), "--port", str(port), "--model", "talker", "--model", "other"]
+    environment = os.environ | {"PYTHONPATH": str(DEMO.parents[1]), "GRADIO_ANALYTICS_ENABLED": "False"}
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=-3, stderr=-3)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(180):
+            assert server.poll() is None, "the page did not start"
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            context = browser.new_context(viewport={"width": 390, "height": 844}, locale="zh-CN")
+            context.set_default_timeout(60_000)
+            page = context.new_page()
+            page.goto(address)
+            yield page
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_in_a_browser_the_size_of_a_telephone(page, folder):
+    box = page.locator("#box textarea")
+    box.wait_for()
+    assert box.get_attribute("placeholder") == "请提问；可添加图片或视频"  # the browser's language
+    assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+    page.set_input_files("#box input[type=file]", str(folder / "red.png"))
+    page.locator("#box img").wait_for()
+    page.get_by_text("采样设置").click()
+    page.get_by_label("number input for 回答的最大长度（token 数）").fill("2000")
+    box.fill("这是什么？")
+    box.press("Enter")
+    page.locator("#chat img").wait_for()
+    page.locator("#box button.stop-button").click()
+    page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
+    count = int(re.match(r"\d+", page.locator("#status").inner_text()).group())
+    assert 0 < count < 2000
+    assert "这是什么？" in page.locator("#chat").inner_text()
+
+    page.get_by_text("新对话").click()
+    page.wait_for_function("!document.querySelector('#chat').innerText.includes('这是什么')")
