@@ -607,7 +607,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.flatten(0, 1)
-        num_images = len(pixel_values)
+        num_images = pixel_values.shape[0]  # not len(), which would fix the number of images in an exported graph
         if num_images == 0:
             # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
             # encoded, and its vectors are left out again
