@@ -3,7 +3,14 @@
 Importing the package registers its classes with the Auto classes of transformers.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from .modeling_minimind_v import (
@@ -24,6 +31,8 @@ AutoModel.register(MiniMindVConfig, MiniMindVModel)
 AutoModelForCausalLM.register(MiniMindVTextConfig, MiniMindForCausalLM)
 AutoModelForCausalLM.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
 AutoModelForImageTextToText.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoModelForMultimodalLM.register(MiniMindVTextConfig, MiniMindForCausalLM)
+AutoModelForMultimodalLM.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
 AutoProcessor.register(MiniMindVConfig, MiniMindVProcessor)
 
 __all__ = [

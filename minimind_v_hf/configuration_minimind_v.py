@@ -7,6 +7,7 @@ import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 def _require(condition: bool, field: str, value: Any, expectation: str) -> None:
@@ -60,6 +61,7 @@ class MiniMindVTextConfig(PreTrainedConfig):
         "AutoConfig": "configuration_minimind_v.MiniMindVTextConfig",
         "AutoModel": "modeling_minimind_v.MiniMindModel",
         "AutoModelForCausalLM": "modeling_minimind_v.MiniMindForCausalLM",
+        "AutoModelForMultimodalLM": "modeling_minimind_v.MiniMindForCausalLM",
     }
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -211,6 +213,7 @@ class MiniMindVConfig(PreTrainedConfig):
         "AutoModel": "modeling_minimind_v.MiniMindVModel",
         "AutoModelForImageTextToText": "modeling_minimind_v.MiniMindVForConditionalGeneration",
         "AutoModelForCausalLM": "modeling_minimind_v.MiniMindVForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_minimind_v.MiniMindVForConditionalGeneration",
         "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
     }
 
@@ -346,5 +349,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         **_MINIMIND_3V,
     },
 }
+
+# `transformers serve` goes by this table: a type that is missing there is taken for a class of transformers itself
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MiniMindVTextConfig.model_type] = "MiniMindForCausalLM"
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MiniMindVConfig.model_type] = "MiniMindVForConditionalGeneration"
 
 __all__ = ["MiniMindVConfig", "MiniMindVTextConfig"]

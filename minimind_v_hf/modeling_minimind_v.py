@@ -617,6 +617,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         super().__init__(config)
         config.vision_config._experts_implementation = None  # the choice among kernels is for the decoder's experts
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if hasattr(self.vision_tower, "use_head"):
+            self.vision_tower.use_head = False  # SigLIP's summary of a whole picture: not needed here, and vLLM cannot run it
         self.multi_modal_projector = MiniMindVProjector(config)
         self.language_model = _decoder_from_config(config.text_config)
         self.post_init()
@@ -658,7 +660,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """
         if pixel_values.ndim == 5:
             pixel_values = pixel_values.flatten(0, 1)
-        num_images = len(pixel_values)
+        num_images = pixel_values.shape[0]  # not len(), which would fix the number of images in an exported graph
         if num_images == 0:
             # Encoders refuse an empty batch, and distributed training wants every parameter in every step: a picture is
             # encoded, and its vectors are left out again

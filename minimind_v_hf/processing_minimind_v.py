@@ -72,8 +72,9 @@ _CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- plain(content) | replace("<" ~ mark ~ "image>", picture) -}}
-    {%- else -%}
-        {%- for item in content or [] -%}
+    {%- elif content -%}
+        {#- vLLM takes a template for one of lists when it finds a loop over just this name. -#}
+        {%- for item in content -%}
             {%- if item.type == "image" -%}
                 {{- picture -}}
             {%- elif item.type == "video" -%}

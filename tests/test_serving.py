@@ -1,0 +1,126 @@
+"""`transformers serve` and continuous batching: a real server process, asked by a real OpenAI client, and paged attention."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+import transformers
+from conftest import IMAGE_SIZE, MOE, make_config, make_image, make_model, make_processor
+from packaging import version
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVProcessor
+
+
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("serving") / "model"
+    model, processor = make_model(MOE), make_processor()
+    # A random model would write image tokens and halves of characters, and end at once
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+    model.generation_config.suppress_tokens = [i for i in range(320) if i in special or not tokenizer.decode([i]).isascii()]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The address of `transformers serve`, in a process that cannot import this package."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": str(folder.parent / "cache")}
+    code = "import sys; sys.modules['minimind_v_hf'] = None; from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-I", "-c", code, "serve", str(folder), "--trust-remote-code", "--device", "cpu"]
+    log = folder.parent / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=folder.parent, stdout=file, stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, TimeoutError):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, "the server does not answer"
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def image_url(colour: str) -> str:
+    file = io.BytesIO()
+    make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_an_openai_client_gets_the_greedy_tokens(server, folder):
+    from openai import OpenAI
+
+    client = OpenAI(base_url=server, api_key="none", timeout=120)
+    model, processor = transformers.AutoModelForMultimodalLM.from_pretrained(folder), MiniMindVProcessor.from_pretrained(folder)
+    answers = set()
+    for colours in ((), ("red",), ("blue",), ("red", "blue")):
+        pictures = [{"type": "image_url", "image_url": {"url": image_url(colour)}} for colour in colours]
+        question = [{"role": "user", "content": [*pictures, {"type": "text", "text": "What colour?"}]}]
+        request = {"model": str(folder), "messages": question, "temperature": 0, "max_tokens": NEW_TOKENS}
+        answer = client.chat.completions.create(**request)
+        streamed = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True) if chunk.choices]
+
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": "<image>" * len(colours) + "What colour?"}], add_generation_prompt=True
+        )
+        images = [make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)) for colour in colours]
+        inputs = processor(text=text, images=images or None, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+        expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.choices[0].message.content == expected
+        assert answer.choices[0].finish_reason == "length"
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (inputs["input_ids"].shape[1], NEW_TOKENS)
+        assert "".join(choice.delta.content or "" for choice in streamed) == expected
+        assert streamed[-1].finish_reason == "length"
+        answers.add(expected)
+    assert len(answers) > 2  # the pictures matter
+
+
+@pytest.mark.parametrize("with_eyes", [False, True])
+@pytest.mark.parametrize("text_config", [None, MOE], ids=["dense", "moe"])
+def test_continuous_batching_gives_the_greedy_tokens(text_config, with_eyes):
+    if with_eyes and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("this transformers looks for the decoder's heads in the config of the whole model")
+    model = make_model(text_config) if with_eyes else MiniMindForCausalLM(make_config(text_config).text_config).eval()
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=300, pad_token_id=0)
+    prompts = [torch.randint(3, 180, (length,)).tolist() for length in (5, 17, 9, 30, 2)]
+    alone = [model.generate(torch.tensor([ids]), generation_config=greedy)[0, len(ids) :].tolist() for ids in prompts]
+    # Unless it is told how much, the cache takes most of the memory
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    answers = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small, progress_bar=False)
+    assert [answer.generated_tokens for answer in answers.values()] == alone
