@@ -55,54 +55,71 @@ TEXTS = gr.I18n(
 
 CSS = """
 .gradio-container { max-width: 900px !important; margin: auto !important; }
-.gradio-container main { padding: 12px !important; }
+.gradio-container .main.fillable { padding: 8px !important; }
+.gradio-container main { padding: 4px !important; }
 #title h1 { margin: 0; }
 #chat { height: max(320px, calc(100dvh - 430px)) !important; }
 #chat img { min-height: 110px; max-height: 200px; width: auto; border-radius: 8px; }
-#chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }
+#chat .message-buttons-right { display: none; }
 """
 
 
 class Talk:
-    """What one visitor has going on: a conversation, and the wish to stop an answer."""
+    """What one visitor has going on: a question that waits, a conversation, and the wish to stop an answer."""
 
     def __init__(self):
+        self.message: dict[str, Any] | None = None
+        self.busy = False
         self.model: str | None = None
         self.conversation: Conversation | None = None
         self.stop = threading.Event()
 
 
-def respond(
-    message: dict[str, Any],
-    history: list[dict],
-    talk: Talk | None,
-    model: str,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    penalty: float,
-    length: int,
-) -> Iterator[tuple]:
-    """Answer on the page, piece by piece. Yields the history, the visitor's talk, the text box and the status."""
+def take(message: dict[str, Any], talk: Talk | None) -> tuple:
+    """Take the question out of the text box at once, so that a slow machine does not clear what is typed next.
+
+    While an answer is being written, and without a question, the box keeps what it has.
+    """
     talk = talk or Talk()
+    if talk.busy or not (message.get("text") or "").strip():
+        return talk, gr.update()
+    talk.message, talk.busy = message, True
     talk.stop.clear()
-    question = (message.get("text") or "").strip()
-    files = message.get("files") or []
-    if not question:
-        yield history, talk, gr.update(), gr.update()
+    return talk, gr.update(value=None, submit_btn=False, stop_btn=True)
+
+
+def respond(
+    talk: Talk, history: list[dict], model: str, temperature: float, top_p: float, top_k: int, penalty: float, length: int
+) -> Iterator[tuple]:
+    """Answer the question that waits, piece by piece. Yields the history, the text box and the status.
+
+    What cannot be read is said in a notice, and the question goes back into the box.
+    """
+    message, talk.message = talk.message, None
+    if message is None:
+        yield gr.update(), gr.update(), gr.update()
         return
+    try:
+        yield from _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length)
+    except (ValueError, ImportError) as error:
+        if talk.conversation is not None:
+            talk.conversation.detach()
+        gr.Warning(str(error))
+        yield history, gr.update(value=message, submit_btn=True, stop_btn=False), ""
+    finally:
+        talk.busy = False
+
+
+def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length) -> Iterator[tuple]:
+    question, files = message["text"].strip(), message.get("files") or []
     if talk.conversation is None or talk.model != model:
         talk.model, talk.conversation = model, Conversation(*load_once(model))
     conversation = talk.conversation
-    try:
-        for file in files:
-            conversation.attach(**{media_kind(file) or "image": file})
-    except (ValueError, ImportError) as error:
-        conversation.detach()
-        raise gr.Error(str(error), print_exception=False) from error
+    for file in files:
+        conversation.attach(**{media_kind(file) or "image": file})
     shown = [{"role": "user", "content": {"path": file}} for file in files]
     history = [*history, *shown, {"role": "user", "content": question}]
-    yield history, talk, gr.update(value=None, submit_btn=False, stop_btn=True), ""
+    yield history, gr.update(), ""
 
     options: dict[str, Any] = {"max_new_tokens": int(length), "repetition_penalty": penalty}
     if temperature > 0:
@@ -113,9 +130,8 @@ def respond(
     def work() -> None:
         try:
             outcome.append(conversation.ask(question, streamer=streamer, stop=talk.stop, **options))
-        except Exception as error:  # reported on the page, whatever it is
-            conversation.detach()
-            outcome.append(error)
+        except Exception as error:
+            outcome.append(error)  # raised again below
             streamer.end()
 
     thread = threading.Thread(target=work)
@@ -124,25 +140,22 @@ def respond(
     try:
         for piece in streamer:
             text += piece
-            yield [*history, {"role": "assistant", "content": text}], talk, gr.update(), ""
+            yield [*history, {"role": "assistant", "content": text}], gr.update(), ""
     finally:
-        talk.stop.set()  # the visitor has left, or the answer has ended
+        talk.stop.set()  # the visitor may have left
         thread.join()
-    result = outcome[0]
-    ready = gr.update(submit_btn=True, stop_btn=False)
+    (result,) = outcome
     if isinstance(result, Exception):
-        gr.Warning(str(result))
-        yield history, talk, ready, ""
-        return
+        raise result
     status = f"{result.tokens} tokens · {result.tokens_per_second:.0f} tokens/s"
-    yield [*history, {"role": "assistant", "content": text or "…"}], talk, ready, status
+    yield [*history, {"role": "assistant", "content": text or "…"}], gr.update(submit_btn=True, stop_btn=False), status
 
 
 def forget(talk: Talk | None) -> tuple:
     """Stop the answer and begin anew, with the model that is chosen then."""
     if talk is not None:
         talk.stop.set()
-    return [], Talk(), None, ""
+    return [], Talk(), gr.update(value=None, submit_btn=True, stop_btn=False), ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -191,15 +204,16 @@ def build(models: list[str], examples: list[list[dict[str, Any]]]) -> gr.Blocks:
             top_k = gr.Slider(0, 200, 0, step=1, label=TEXTS("top_k"))
             penalty = gr.Slider(1, 2, 1, step=0.05, label=TEXTS("penalty"))
             length = gr.Slider(1, 2048, 256, step=1, label=TEXTS("length"))
-        box.submit(
+        asked = box.submit(take, [box, talk], [talk, box], queue=False, api_visibility="private")
+        answered = asked.then(
             respond,
-            [box, chatbot, talk, model, temperature, top_p, top_k, penalty, length],
-            [chatbot, talk, box, status],
+            [talk, chatbot, model, temperature, top_p, top_k, penalty, length],
+            [chatbot, box, status],
             api_visibility="private",
         )
         box.stop(lambda talk: talk and talk.stop.set(), talk, queue=False, api_visibility="private")
         for trigger in (new.click, model.change, chatbot.clear):
-            trigger(forget, talk, [chatbot, talk, box, status], queue=False, api_visibility="private")
+            trigger(forget, talk, [chatbot, talk, box, status], cancels=answered, queue=False, api_visibility="private")
     return page
 
 

@@ -39,31 +39,44 @@ def folder(tmp_path_factory):
     return path
 
 
-def steps(folder, text, files=(), talk=None, history=(), model="talker", **sampling):
+def steps(folder, text, files=(), talk=None, history=(), model="talker"):
     message = {"text": text, "files": [str(folder / name) for name in files]}
-    return list(web_demo.respond(message, list(history), talk, str(folder / model), **SAMPLING | sampling))
+    talk, _ = web_demo.take(message, talk)
+    return talk, list(web_demo.respond(talk, list(history), str(folder / model), **SAMPLING))
 
 
 def test_answers_stream_and_the_conversation_goes_on(folder):
-    updates = steps(folder, "What?", ["red.png"])
+    talk, updates = steps(folder, "What?", ["red.png"])
     texts = [history[-1]["content"] for history, *_ in updates[1:]]
+    assert len(texts) > 1
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
-    history, talk, _, status = updates[-1]
+    history, _, status = updates[-1]
     assert [message["role"] for message in history] == ["user", "user", "assistant"]
     assert re.fullmatch(r"6 tokens · \d+ tokens/s", status)
-    history, talk, *_ = steps(folder, "And?", talk=talk, history=history)[-1]
-    assert len(history) == 5
+    talk, updates = steps(folder, "And?", talk=talk, history=history)
+    assert len(updates[-1][0]) == 5
     assert len(talk.conversation.messages) == 4
-    history, other, *_ = steps(folder, "And?", talk=talk, model="other")[-1]
-    assert len(other.conversation.messages) == 2  # another model knows nothing of it
+    talk, updates = steps(folder, "And?", talk=talk, model="other")
+    assert len(talk.conversation.messages) == 2  # another model knows nothing of it
 
 
-def test_what_cannot_be_read_is_said(folder):
-    import gradio
+def test_what_cannot_be_read_is_said_and_the_question_goes_back(folder):
+    with pytest.warns(UserWarning, match="not a picture in a known format"):
+        talk, updates = steps(folder, "What?", ["red.png", "broken.png"])
+    history, box, _ = updates[-1]
+    assert history == []
+    assert box["value"]["text"] == "What?"
+    talk, updates = steps(folder, "Hello", talk=talk)
+    assert len(updates[-1][0]) == 2  # and no picture is left over
 
-    with pytest.raises(gradio.Error, match="not a picture in a known format"):
-        steps(folder, "What?", ["red.png", "broken.png"])
-    assert len(steps(folder, "  ")) == 1
+
+def test_while_it_answers_the_box_keeps_what_is_typed(folder):
+    talk, _ = web_demo.take({"text": "one", "files": []}, None)
+    _, box = web_demo.take({"text": "two", "files": []}, talk)
+    assert "value" not in box
+    assert talk.message["text"] == "one"
+    _, box = web_demo.take({"text": "  ", "files": []}, None)
+    assert "value" not in box
 
 
 @pytest.fixture(scope="module")
