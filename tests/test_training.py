@@ -155,18 +155,16 @@ def test_what_is_trainable_moves_and_nothing_else(home, rows, tmp_path, trainabl
     assert model.model.language_model.training
 
 
-def test_a_frozen_encoder_runs_without_autograd(home):
+def test_a_frozen_encoder_leaves_no_graph():
     model = make_model().train()
-    freeze(model, "llm")
-    seen = []
-    model.model.vision_tower.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     pixels = torch.rand(1, 3, 16, 16)
-    model.get_image_features(pixels)
+    freeze(model, "llm")
+    assert model.get_image_features(pixels).last_hidden_state.grad_fn is None
+    assert model.get_image_features(pixels).pooler_output.grad_fn is not None  # the projector learns
     freeze(model, "all")
-    model.get_image_features(pixels)
+    assert model.get_image_features(pixels).last_hidden_state.grad_fn is not None
     freeze(model, "llm")
     model.get_image_features(pixels.requires_grad_()).pooler_output.sum().backward()  # someone asks what the pixels do
-    assert seen == [False, True, True]
     assert pixels.grad.abs().sum() > 0
 
 
