@@ -53,7 +53,7 @@ def read_video(file: str | os.PathLike | BinaryIO, max_frames: int = MAX_NUM_FRA
         with av.open(file, options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
                 raise ValueError("the file holds no video")
-            stream = container.streams.video[0]
+            stream: Any = container.streams.video[0]
             if stream.width * stream.height > MAX_FRAME_PIXELS:
                 raise ValueError(f"frames of {stream.width}x{stream.height} exceed the limit of {MAX_FRAME_PIXELS} pixels")
             stream.thread_type = "AUTO"
