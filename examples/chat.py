@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
-from conversation import Answer, Conversation, load_model
+from conversation import PRECISIONS, Answer, Conversation, load_model
 from transformers import TextStreamer
 
 
@@ -157,6 +157,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens; 0 for any number (default)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, repeats less (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the weights. auto, the default, is the fastest: bfloat16 on a GPU; on a processor the decoder's in int8, "
+        "which may now and then change a word",
+    )
     arguments = parser.parse_args()
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
@@ -165,7 +172,7 @@ def main() -> None:
         options |= {"do_sample": True, "temperature": arguments.temperature}
         options |= {"top_p": arguments.top_p, "top_k": arguments.top_k}
 
-    conversation = Conversation(*load_model(arguments.model), system=arguments.system)
+    conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
     media = [("image", source) for source in arguments.image] + [("video", source) for source in arguments.video]
     if not all(attach(conversation, kind, source) for kind, source in media):
         sys.exit(2)

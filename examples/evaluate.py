@@ -15,7 +15,7 @@ The data set is JSONL in the MiniMind-V format; the last message of each row is 
 
 A row's "kind", if it has one, groups the table. A run that was cut short goes on where it stopped when it is started again. The
 wrong answers are drawn beside the output file. Only transformers is needed, not this package: a saved folder brings its own
-code. BLEU needs sacrebleu, and the sheet needs matplotlib.
+code. BLEU needs sacrebleu, the sheet matplotlib, and --int8 this package.
 """
 
 import argparse
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write, one line per question")
     parser.add_argument("--batch-size", type=int, default=50, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="round the decoder's weights to int8 first, to see what that costs")
     arguments = parser.parse_args()
     for path in (arguments.data, arguments.images):
         if not path.exists():
@@ -217,9 +218,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
+    if arguments.int8:
+        from minimind_v_hf.quantization import quantize_int8
+
+        quantize_int8(model)
 
     # ── Answers ──
-    settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data), "length": arguments.max_new_tokens}
+    settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data)}
+    settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8}
     unfinished = arguments.output.with_suffix(".part")
     done = finished_rows(unfinished, settings, rows)
     with (

@@ -1,0 +1,75 @@
+"""int8 weights: what is rounded, by how much, and that answers go on as before."""
+
+import pytest
+import torch
+from conftest import MOE, make_model
+from torch import nn
+from transformers import CompileConfig
+
+from minimind_v_hf.quantization import MAX_KERNEL_ROWS, Int8Linear, quantize_int8
+
+
+def test_weights_are_rounded_to_the_nearest_of_255_steps_of_each_row():
+    linear = nn.Linear(4, 2, bias=False)
+    # The largest weight of a row is 127 steps; 0.5 steps round to even
+    linear.weight.data = torch.tensor([[127.0, -127.0, 1.4, 0.0], [0.25, -0.125, 0.0, 0.0]])
+    quantized = Int8Linear(linear)
+    assert quantized.weight.tolist() == [[127, -127, 1, 0], [127, -64, 0, 0]]
+    assert quantized.weight.dtype == torch.int8
+    torch.testing.assert_close(quantized.scale.float(), torch.tensor([1.0, 0.25 / 127]), rtol=2**-8, atol=0)
+
+
+def test_a_row_of_zeros_stays_zero():
+    linear = nn.Linear(8, 3, bias=False)
+    linear.weight.data.zero_()
+    assert not Int8Linear(linear)(torch.randn(2, 8)).any()
+
+
+@pytest.mark.parametrize("rows", [1, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1])
+def test_the_product_is_that_of_the_rounded_weights(rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=False)
+    quantized = Int8Linear(linear)
+    x = torch.randn(rows, 1, 96)
+    exact = x @ (quantized.weight.float() * quantized.scale.float()[:, None]).T
+    output = quantized(x)
+    assert output.dtype == torch.float32
+    assert output.shape == (rows, 1, 40)
+    # bfloat16 keeps 8 bits of each factor and of the result
+    assert (output - exact).abs().max() < 2**-7 * exact.abs().max()
+    assert (output - linear(x)).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize("variant", [None, MOE], ids=["dense", "moe"])
+def test_the_decoder_and_the_head_are_rounded_and_nothing_else(variant):
+    model = make_model(variant)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert quantize_int8(model) is model
+    rounded = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert "lm_head" in rounded
+    assert "model.language_model.layers.0.self_attn.q_proj" in rounded
+    assert all(name == "lm_head" or name.startswith("model.language_model.layers.") for name in rounded)
+    left = dict(model.named_parameters())
+    assert "model.language_model.embed_tokens.weight" in left
+    assert "model.multi_modal_projector.linear_1.weight" in left
+    assert any(name.startswith("model.vision_tower.") for name in left)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in left.items())
+
+
+def test_logits_stay_near_those_of_the_whole_weights():
+    model = make_model()
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        whole = model(ids).logits
+        rounded = quantize_int8(model)(ids).logits
+    assert 0 < (rounded - whole).std() < 0.03 * whole.std()
+
+
+def test_compiled_decoding_gives_the_tokens_of_eager_decoding():
+    model = quantize_int8(make_model())
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    ids = torch.arange(10, 20)[None]
+    eager = model.generate(ids, **options, disable_compile=True)
+    compiling = CompileConfig(fullgraph=True, mode="default")
+    compiling._compile_all_devices = True  # transformers compiles by itself on GPUs only
+    assert model.generate(ids, **options, compile_config=compiling).tolist() == eager.tolist()
