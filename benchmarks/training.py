@@ -27,24 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peer import make_llava, make_llava_processor, make_model, make_processor, make_words, train_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers import __version__ as transformers_version
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.collator import MiniMindVCollator
 from minimind_v_hf.data import load_conversations, tokenize_conversations
 from minimind_v_hf.features import CachedFeaturesCollator, encode_images
@@ -69,7 +58,7 @@ def write_data(folder: Path, rows: int) -> None:
     """JPEGs with structure and noise, and conversations of 20 to 300 text tokens about them, template included."""
     rng = random.Random(0)
     noise = np.random.default_rng(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))) for _ in range(4000)]
+    words = make_words(rng)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     train_tokenizer(words).save_pretrained(folder / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -88,22 +77,6 @@ def write_data(folder: Path, rows: int) -> None:
                 {"role": "assistant", "content": " ".join(text[cut:])},
             ]
             file.write(json.dumps({"conversations": turns, "image": f"{number}.jpg"}) + "\n")
-
-
-def train_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 6400 entries, MiniMind's number."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=6400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([" ".join(words)] * 2, trainer)
-    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 # ── The contestants ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,50 +112,14 @@ class Counter:
         return tuple(map(sum, zip(*self.batches[self.skip :], strict=True)))  # type: ignore[return-value]
 
 
-def make_processor(folder: Path) -> MiniMindVProcessor:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return MiniMindVProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=196)
-
-
-def make_model(processor: MiniMindVProcessor) -> MiniMindVForConditionalGeneration:
-    torch.manual_seed(0)
-    config = MiniMindVConfig.from_preset("minimind2-v-small", image_token_id=processor.image_token_id)
-    return MiniMindVForConditionalGeneration(config)
+def load_processor(folder: Path) -> MiniMindVProcessor:
+    return make_processor(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
 
 
 def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple[Trainer, Counter]:
     """As a user of transformers would write it: a processor call for each batch, and everything by default."""
-    ours = make_processor(folder)
-    text = MiniMindVConfig.from_preset("minimind2-v-small").text_config
-    shape = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    llama = LlamaConfig(
-        **{name: getattr(text, name) for name in shape}, rms_norm_eps=text.rms_norm_eps, tie_word_embeddings=True
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(image_size=224, patch_size=16),
-            text_config=llama,
-            image_token_index=ours.image_token_id,
-            vision_feature_layer=-1,
-            tie_word_embeddings=True,
-        )
-    )
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(),
-        ours.tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=ours.tokenizer.image_token,
-    )
+    ours = load_processor(folder)
+    model, processor = make_llava(ours.image_token_id), make_llava_processor(ours)
 
     def collate(rows):
         prompts = ours.apply_chat_template([row["conversations"] for row in rows])
@@ -208,7 +145,7 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple
 
 
 def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str) -> tuple[Trainer, Counter]:
-    processor = make_processor(folder)
+    processor = load_processor(folder)
     model = make_model(processor)
     freeze(model, stage["trainable"])
     data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
@@ -270,7 +207,7 @@ def measure(way: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
 def profile(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds a sample in each part of an unpacked step, by hand; and the least that the FLOPs alone would take."""
     stage, device = STAGES[arguments.stage], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = make_processor(folder)
+    processor = load_processor(folder)
     model = make_model(processor).to(device).train()
     freeze(model, stage["trainable"])
     data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
