@@ -229,13 +229,13 @@ def draw(results: dict[str, dict[str, float]], machine: dict[str, float], ways: 
     floors = [machine[f"floor_tokens_per_second_{ways[name]['precision']}"] for name in names]
     rate.plot(floors, names, "|", color="black", markersize=12, label="reading the weights alone")
     rate.set_xlabel("tokens/s of one answer (more is better)")
-    rate.legend(loc="lower right", fontsize="small")
+    rate.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small")
     first.barh(names, [1000 * results[name]["first_token_seconds"] for name in names], color=colours)
     first.axvline(
         1000 * machine["floor_first_token_seconds_float32"], color="black", linestyle=":", label="float32 products alone"
     )
     first.set_xlabel("ms to the first token, picture included (less is better)")
-    first.legend(loc="lower right", fontsize="small")
+    first.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small")
     figure.savefig(path, dpi=110)
 
 
