@@ -72,9 +72,15 @@ def test_unknown_preset_lists_the_known_ones():
         ({"pad_token_id": 6400}, "pad_token_id=6400: expected None, or an id inside the vocabulary, from 0 to 6399"),
         ({"eos_token_id": [2, -1]}, r"eos_token_id=\[2, -1\]: expected None, or an id"),
         ({"rope_parameters": "yarn"}, "rope_parameters='yarn': expected a dict or None"),
-        ({"rope_parameters": {"rope_type": "nonsense"}}, r"rope_parameters\['rope_type'\]='nonsense': expected one of default, "),
+        (
+            {"rope_parameters": {"rope_type": "nonsense"}},
+            r"\['rope_type'\]='nonsense': expected one of default, ",
+        ),
         ({"rope_parameters": {"rope_theta": 0}}, r"rope_parameters\['rope_theta'\]=0: expected a positive number"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, r"rope_parameters\['factor'\]=0.5: expected a number from"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            r"\['factor'\]=0.5: expected a number from 1 on",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters={'rope_type': 'yarn', .*[Mm]issing.*'factor'"),
     ],
 )
