@@ -487,7 +487,9 @@ def launch(home):
             running[-1].start()
         codes = []
         while running:
-            multiprocessing.connection.wait([process.sentinel for process in running])
+            if not multiprocessing.connection.wait([process.sentinel for process in running], timeout=600):
+                running[0].kill()
+                running[0].join()
             for process in [process for process in running if not process.is_alive()]:
                 running.remove(process)
                 codes.append(process.exitcode)
@@ -536,9 +538,13 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     assert killed.returncode == -9, killed.output[-3000:]
     assert (output / ".unfinished" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
-    done = launch(output, "--per_device_train_batch_size", 2)
-    assert done.returncode == 0, done.output[-3000:]
-    assert f"Going on from {output / 'checkpoint-4'}" in done.output
+    # As a user would, in one process of its own
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "examples" / "sft.py")]
+    command += [str(home / "recipe.json"), "--output_dir", str(output), "--per_device_train_batch_size", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(home / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Going on from {output / 'checkpoint-4'}" in done.stdout
     assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
     assert not (output / ".unfinished").exists()
     card = (output / "README.md").read_text()
