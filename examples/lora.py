@@ -4,7 +4,8 @@
         --output_dir runs/lora
 
 Leaves the adapter in `adapter/`, a few MB to be loaded beside the model that it was trained for, and in `merged/` a model of
-its own, with the adapter worked in. Takes the arguments of sft.py too. Needs peft (`pip install -e ".[lora]"`).
+its own, with the adapter worked in. Takes the arguments of sft.py too, of which --trainable, --save_encoder and --samples
+mean nothing here. Needs peft (`pip install -e ".[lora]"`).
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, parse_arguments
+from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.training import MiniMindVTrainer
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     trainer = MiniMindVTrainer(
         model=model,
         args=args,
-        data_collator=MiniMindVCollator(processor, uint8_pixels=True),
+        data_collator=make_collator(run, args, processor, base, data),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,

@@ -8,8 +8,7 @@ Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs 
 
 from trl import SFTConfig, SFTTrainer
 
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.recipe import load_data, load_start, parse_arguments
+from minimind_v_hf.recipe import load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.training import freeze, parameter_table
 
 
@@ -41,7 +40,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=args,
-        data_collator=MiniMindVCollator(processor),
+        data_collator=make_collator(run, args, processor, model, data, uint8_pixels=False),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,

@@ -6,7 +6,9 @@ This file is copied into every saved model folder, so it depends on transformers
 import math
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
@@ -18,6 +20,14 @@ def _require(condition: bool, field: str, value: Any, expectation: str) -> None:
 
 def _is_count(value: Any, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_activation(field: str, value: Any) -> None:
+    _require(value in ACT2FN, field, value, f"expected one of {', '.join(sorted(ACT2FN))}")
 
 
 class MiniMindVTextConfig(PreTrainedConfig):
@@ -134,6 +144,8 @@ class MiniMindVTextConfig(PreTrainedConfig):
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 // 3 / 64)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        rope = self.rope_parameters
+        _require(rope is None or isinstance(rope, dict), "rope_parameters", rope, "expected a dict or None")
         super().__post_init__(**kwargs)
         self._check()
         # Of the plan for all kinds of layers, what this model has
@@ -171,11 +183,43 @@ class MiniMindVTextConfig(PreTrainedConfig):
                 f"expected an integer from 1 to num_experts={self.num_experts}",
             )
         _require(
-            isinstance(self.attention_dropout, (int, float)) and 0 <= self.attention_dropout < 1,
+            _is_number(self.attention_dropout) and 0 <= self.attention_dropout < 1,
             "attention_dropout",
             self.attention_dropout,
             "expected a number from 0 to below 1",
         )
+        _require(
+            _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0,
+            "rms_norm_eps",
+            self.rms_norm_eps,
+            "expected a positive number",
+        )
+        for field in ("initializer_range", "router_aux_loss_coef"):
+            value = getattr(self, field)
+            _require(_is_number(value) and value >= 0, field, value, "expected 0 or a positive number")
+        _require_activation("hidden_act", self.hidden_act)
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            _require(
+                all(_is_count(token_id, minimum=0) and token_id < self.vocab_size for token_id in ids),
+                field,
+                value,
+                f"expected None, or an id inside the vocabulary, from 0 to {self.vocab_size - 1}",
+            )
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        rope_type, theta = self.rope_parameters["rope_type"], self.rope_parameters["rope_theta"]
+        kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        _require(rope_type in kinds, "rope_parameters['rope_type']", rope_type, f"expected one of {', '.join(kinds)}")
+        _require(_is_number(theta) and theta > 0, "rope_parameters['rope_theta']", theta, "expected a positive number")
+        factor = self.rope_parameters.get("factor", 1.0)
+        _require(_is_number(factor) and factor >= 1, "rope_parameters['factor']", factor, "expected a number from 1 on")
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters={self.rope_parameters!r}: {error.args[0]}.") from None
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Write config.json with the whole `auto_map`, whichever Auto class this config came from."""
@@ -255,6 +299,7 @@ class MiniMindVConfig(PreTrainedConfig):
             f"expected an id inside the vocabulary, from 0 to {self.text_config.vocab_size - 1}",
         )
         _require(self.projector_num_layers in (1, 2), "projector_num_layers", self.projector_num_layers, "expected 1 or 2")
+        _require_activation("projector_hidden_act", self.projector_hidden_act)
 
     def _image_seq_length_of_encoder(self) -> int:
         vision = self.vision_config
@@ -314,6 +359,7 @@ def _as_config(value, field: str, default: dict) -> PreTrainedConfig:
     # By name: in a folder loaded with remote code, AutoConfig does not know our decoder
     if model_type == MiniMindVTextConfig.model_type:
         return MiniMindVTextConfig(**fields)
+    _require(model_type in CONFIG_MAPPING, f"{field}.model_type", model_type, "expected one that transformers knows")
     return AutoConfig.for_model(**fields)
 
 

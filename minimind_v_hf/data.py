@@ -30,7 +30,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, load_data
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from .images import ImageStore, find_problem, open_image_store
+from .images import ImageStore, file_state, find_problem, open_image_store
 from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
 from .rows import REPAIRS, RowError, find_files, parse_row, read_rows
 
@@ -319,13 +319,8 @@ def _signature(dataset: Dataset) -> str:
     if "binary" in str(dataset.features["images"]):
         return ""  # the data set holds the pictures
     for batch in dataset.select_columns(["images"]).iter(batch_size=10_000):
-        for source in {source for sources in batch["images"] for source in sources if isinstance(source, str)}:
-            path = source.rpartition("::")[2]
-            try:
-                status = os.stat(path)
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
-            except OSError:
-                digest.update(path.encode())
+        for source in sorted({source for sources in batch["images"] for source in sources}):
+            digest.update(f"{source} {file_state(source)}".encode())
     return digest.hexdigest()
 
 
@@ -385,6 +380,8 @@ def tokenize_conversations(
         raise ValueError("drop_empty_thinking: the processor's chat template does not know this option.")
     if max_length is not None and max_length <= processor.image_seq_length:
         raise ValueError(f"max_length={max_length}: an image alone takes {processor.image_seq_length} tokens.")
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError("The data set has nothing to learn from: no rows are left.")
     encode = ConversationEncoder(processor)
     features = Features(
         {
@@ -433,7 +430,7 @@ def tokenize_conversations(
     outcomes = Counter(outcome for batch in tokenized.select_columns(["outcome"]).iter(10_000) for outcome in batch["outcome"])
     dropped = Counter({what: outcomes[what] for what in (TOO_LONG, NOTHING_TO_LEARN) if outcomes[what]})
     if dropped.total() == len(tokenized):
-        reasons = ", ".join(f"{what}: {count}" for what, count in dropped.items()) or "it has no rows"
+        reasons = ", ".join(f"{what}: {count}" for what, count in dropped.items())
         raise ValueError(f"The data set has nothing to learn from ({reasons}; max_length={max_length}).")
     if outcomes[CUT] or dropped:
         counts = [f"{count:,} rows {what}" for what, count in ((CUT, outcomes[CUT]), *dropped.items()) if count]

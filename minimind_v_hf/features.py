@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .collator import MiniMindVCollator
+from .images import file_state
 from .metering import is_frozen
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
 from .training import encoder_digest
@@ -35,8 +36,9 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike):
         index = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
-        self.encoder: str = index["encoder"]
-        self.rows: dict[str, int] = {name: row for row, name in enumerate(index["images"])}
+        self.origin: str = index["origin"]
+        self.states: dict[str, list[int]] = index["images"]
+        self.rows: dict[str, int] = {name: row for row, name in enumerate(self.states)}
         self._features = np.load(Path(folder) / "features.npy", mmap_mode="r")
 
     def __call__(self, sources: list[str | bytes]) -> torch.Tensor:
@@ -56,6 +58,8 @@ def encode_images(
 ) -> FeatureCache:
     """Encode every picture of some data sets once, unless the folder has them already.
 
+    It is done again when a picture's file has changed since, in size or time, or the encoder, its image processor or `dtype`.
+
     Args:
         model: with a frozen encoder.
         collator: decodes and resizes.
@@ -65,7 +69,7 @@ def encode_images(
         batch_size: pictures at a time.
 
     Raises:
-        ValueError: the encoder learns, or the disk is too small.
+        ValueError: the encoder learns, the folder holds something else, or the disk is too small.
     """
     folder, tower = Path(folder), model.model.vision_tower
     if not is_frozen(tower):
@@ -77,21 +81,25 @@ def encode_images(
         for images in batch["images"]
         for source in images
     }
-    digest = encoder_digest(model)
+    states = {name: list(file_state(source) or ()) if isinstance(source, str) else [] for name, source in sources.items()}
+    origin = "\n".join([encoder_digest(model), str(dtype), collator.processor.image_processor.to_json_string()])
     if folder.exists():
+        if not (folder / "index.json").exists():  # it is replaced below
+            raise ValueError(f"{folder} holds something else than vectors of pictures: name a folder that does not exist yet.")
         cache = FeatureCache(folder)
-        if cache.encoder == digest and sources.keys() <= cache.rows.keys():
+        if cache.origin == origin and states.items() <= cache.states.items():
             return cache
     num_patches = model.config.image_seq_length * model.config.patches_per_token
     shape = (len(sources), num_patches, model.config.vision_config.hidden_size)
-    size, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(folder.absolute().parents[1]).free
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    size, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(folder.parent).free
     if size > 0.9 * free:
         raise ValueError(
             f"The vectors of {len(sources):,} pictures take {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
         )
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     stored = np.int16 if dtype == torch.bfloat16 else np.float32
     features = np.lib.format.open_memmap(unfinished / "features.npy", mode="w+", dtype=stored, shape=shape)
     names = list(sources)
@@ -102,7 +110,7 @@ def encode_images(
             vectors = tower(pixels.to(model.device)).last_hidden_state[:, -num_patches:].to(dtype).cpu()
         features[start : start + len(some)] = (vectors.view(torch.int16) if dtype == torch.bfloat16 else vectors).numpy()
     features.flush()
-    (unfinished / "index.json").write_text(json.dumps({"encoder": digest, "images": names}), encoding="utf-8")
+    (unfinished / "index.json").write_text(json.dumps({"origin": origin, "images": states}), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
     return FeatureCache(folder)

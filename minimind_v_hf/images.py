@@ -33,8 +33,10 @@ class ImageStore:
         """Where the picture of this name is: a path, or `zip://MEMBER::ARCHIVE`.
 
         Raises:
-            ValueError: the name is absolute or climbs with `..`.
+            ValueError: the name is absolute or climbs with `..`, or no file can have it.
         """
+        if "\0" in name or name.encode(errors="replace").decode() != name:
+            raise ValueError(f"the image {name!r} cannot be the name of a file")
         path = PureWindowsPath(name)  # which takes both kinds of slashes for what they are
         if path.anchor or ".." in path.parts:
             raise ValueError(f"the image {name!r} leads out of {self.root!r}: expected a relative path without '..'")
@@ -103,6 +105,15 @@ def read_image_file(source: str | bytes) -> bytes:
         raise FileNotFoundError("there is no such file") from error
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         raise ValueError(str(error)) from error
+
+
+def file_state(source: str) -> tuple[int, int] | None:
+    """Size and time of a picture's file, or of its archive, by which a change shows; None if there is no such file."""
+    try:
+        status = os.stat(source.rpartition("::")[2] if source.startswith(_ZIP_SCHEME) else source)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def read_image(source: Any, min_size: int | None = None) -> Image.Image:

@@ -90,7 +90,9 @@ class StepMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._counts = torch.zeros(len(self._FIELDS), dtype=torch.float64, device=self._accelerator.device)
+        device = self._accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        self._counts = torch.zeros(len(self._FIELDS), dtype=dtype, device=device)
         self._started: float | None = None
 
     def start(self) -> None:
@@ -130,7 +132,7 @@ class StepMeter:
         images = encoded if ready is None else len(ready.last_hidden_state)
         labels = (inputs["labels"][:, 1:] != -100).sum()
         counts = (starts.sum(), tokens.sum(), ids.numel(), (seen * tokens).sum(), images, encoded, labels, aux_loss)
-        self._counts += torch.stack([torch.as_tensor(count, device=self._counts.device).double() for count in counts])
+        self._counts += torch.stack([torch.as_tensor(count).to(self._counts) for count in counts])
 
     def read(self, steps: int) -> dict[str, float]:
         """What was counted since the last reading, over all processes; the count and the clock start anew.

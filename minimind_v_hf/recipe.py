@@ -202,13 +202,14 @@ def make_collator(
     processor: MiniMindVProcessor,
     model: MiniMindVForConditionalGeneration,
     data: "TrainingData",
+    uint8_pixels: bool = True,
 ) -> MiniMindVCollator | CachedFeaturesCollator:
-    """The collator of a training script: pictures as bytes, or, with `cache_features`, as what the encoder made of them."""
+    """The collator of a training script: gives pixels, or, with `cache_features`, what the encoder made of them."""
     if not run.cache_features:
-        return MiniMindVCollator(processor, uint8_pixels=True)
+        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels)
     collator = MiniMindVCollator(processor)
     sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     with args.main_process_first(desc="encoding the pictures"):
         cache = encode_images(model.to(args.device), collator, sets, run.cache_features, dtype)
     return CachedFeaturesCollator(collator, cache)
@@ -226,7 +227,7 @@ class TrainingData:
 
 def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVProcessor) -> TrainingData:
     """Read, mend, count and tokenise the training and the held-out data, once for all processes, and pack on demand."""
-    data = TrainingData(train=None, reports={"training": DataReport()})
+    data = TrainingData(train=None, reports={} if run.streaming else {"training": DataReport()})
     checks: dict[str, Any] = {"strict": run.strict, "max_dropped": run.max_dropped}
     augmentations: dict[str, Any] = {
         "random_system": run.random_system,
@@ -234,8 +235,10 @@ def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVPr
         "seed": args.seed,
     }
     with args.main_process_first(desc="reading the data"):
-        report = data.reports["training"]
+        report = data.reports.get("training")
         rows = load_conversations(run.data_files, run.image_folder, streaming=run.streaming, report=report, **checks)
+        if run.streaming:
+            rows = rows.shuffle(args.seed, buffer_size=1000)  # alike in all processes, and again in a run that is resumed
         data.train = tokenize_conversations(rows, processor, run.max_length, report=report, **augmentations)
         if run.eval_files:
             report = data.reports["held out"] = DataReport()
@@ -243,6 +246,10 @@ def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVPr
             data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
     if run.pack_length:
         data.train = pack(data.train, run.pack_length, args.seed)
+    if run.streaming:
+        if next(iter(data.train), None) is None:
+            raise ValueError(f"The data set has nothing to learn from within max_length={run.max_length}.")
+        data.train = data.train.repeat(None)  # a resumed run finds its place, also after the first pass
     if args.should_log:
         for name, report in data.reports.items():
             print(f"{name}: {report}")
@@ -286,6 +293,11 @@ def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGen
         raise ValueError(
             f"The tokenizer of {run.processor} has {size} tokens, but --config {run.config} has a vocabulary of "
             f"{config.text_config.vocab_size}."
+        )
+    if processor.image_seq_length != config.image_seq_length:
+        raise ValueError(
+            f"The processor of {run.processor} makes {processor.image_seq_length} tokens of a picture, but --config "
+            f"{run.config} expects {config.image_seq_length}: give a processor for its encoder, or a tokenizer alone."
         )
     set_seed(seed)
     model = MiniMindVForConditionalGeneration(config)

@@ -188,7 +188,7 @@ def write_model_card(trainer: "MiniMindVTrainer") -> None:
         "samples in a step": trainer._global_batch_size(),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}",
         "optimiser": f"{args.optim.value}, weight decay {args.weight_decay:g}, gradient norm at most {args.max_grad_norm:g}",
-        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "precision": {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, "float32"),
         "seed": args.seed,
     }
     results = {

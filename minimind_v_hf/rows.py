@@ -69,6 +69,8 @@ def parse_row(row: Any, store: ImageStore | None) -> Row:
     """
     if not isinstance(row, dict):
         raise RowError("format", f"expected an object with the key 'conversations', got {type(row).__name__}")
+    if row.get("video") or row.get("videos"):
+        raise RowError("format", "the row has a video, and training takes pictures alone: store some of its frames as images")
     messages = row.get("conversations", row.get("messages"))
     if messages is None:
         keys = ", ".join(map(repr, row)) or "none"

@@ -171,7 +171,8 @@ class MiniMindVTrainer(Trainer):
         data_counts: for the model card, what was read, as `DataReport`s by name.
 
     Raises:
-        ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted.
+        ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted; or one
+            process has several cards.
     """
 
     def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
@@ -181,6 +182,11 @@ class MiniMindVTrainer(Trainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor}: expected 0. Trainer does not shift the labels of "
                 "models from outside transformers for it, so it would teach to repeat the present token."
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process for {self.args.n_gpu} cards would cut a batch of pictures into as many rows as there are texts: "
+                "start with `accelerate launch`, or show it one card with CUDA_VISIBLE_DEVICES=0."
+            )
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
         self.start = getattr(self._bare_model(), "name_or_path", "") or None
@@ -188,6 +194,7 @@ class MiniMindVTrainer(Trainer):
         self._loading_from = self.args.output_dir
         self._meter = StepMeter(self._bare_model(), self.accelerator)
         self._logged_step = 0
+        self._held_out = torch.zeros(2, device=self.args.device)  # summed loss and number of labels in an evaluation
         # Read now, since FSDP shards it later; it never changes
         self._encoder: dict[str, Any] | None = None
         if is_frozen(self._bare_model().model.vision_tower) and not save_encoder:
@@ -225,12 +232,25 @@ class MiniMindVTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "use_cache": False}
+        if "position_ids" in inputs and len(inputs["input_ids"]) > 1:
+            attention = self._bare_model().config.get_text_config()._attn_implementation or ""
+            if "flash" in attention:
+                raise ValueError(
+                    f"{attention} keeps packed samples apart only in batches of one row, and this one has "
+                    f"{len(inputs['input_ids'])}: pass per_device_train_batch_size=1 with longer rows, or "
+                    "attn_implementation='sdpa'."
+                )
         if model.training or self.compute_metrics is None:
             inputs["skip_logits"] = True
+        if not model.training:
+            inputs["labels"], num_items_in_batch = self._without_repeats(inputs["labels"]), None
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             aux_loss = outputs.get("aux_loss")
             self._meter.add(inputs, 0.0 if aux_loss is None else aux_loss * self._share(inputs, num_items_in_batch))
+        else:
+            learned = (inputs["labels"][:, 1:] != -100).sum()
+            self._held_out += torch.stack([torch.where(learned > 0, loss * learned, 0.0), learned])
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs, num_items_in_batch):
@@ -239,6 +259,14 @@ class MiniMindVTrainer(Trainer):
             return 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         counted_together = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
         return (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch / counted_together
+
+    def _without_repeats(self, labels: torch.Tensor) -> torch.Tensor:
+        """The labels (B, T) of an evaluation batch, less those of the rows that only fill up the processes' last batches."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        own = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
+        return labels.masked_fill(torch.arange(len(labels), device=labels.device)[:, None] >= own, -100)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
@@ -255,6 +283,15 @@ class MiniMindVTrainer(Trainer):
     def evaluate(self, *args, **kwargs):
         with self._meter.paused():
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in `Trainer`, but the loss is the mean over all labels, whatever batches and processes they are spread over."""
+        self._held_out.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, learned = self.accelerator.reduce(self._held_out, reduction="sum").tolist()
+        if learned:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / learned
+        return output
 
     # ── Checkpoints ──
 

@@ -65,6 +65,23 @@ def test_unknown_preset_lists_the_known_ones():
         ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3: expected an integer from 1 to num_experts=2"),
         ({"num_experts": -1}, "num_experts=-1: expected 0 or a positive integer"),
         ({"attention_dropout": 1.5}, "attention_dropout=1.5: expected a number from 0 to below 1"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05: expected a positive number"),
+        ({"initializer_range": "big"}, "initializer_range='big': expected 0 or a positive number"),
+        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1: expected 0 or a positive number"),
+        ({"hidden_act": "nonsense"}, "hidden_act='nonsense': expected one of gelu, "),
+        ({"pad_token_id": 6400}, "pad_token_id=6400: expected None, or an id inside the vocabulary, from 0 to 6399"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id=\[2, -1\]: expected None, or an id"),
+        ({"rope_parameters": "yarn"}, "rope_parameters='yarn': expected a dict or None"),
+        (
+            {"rope_parameters": {"rope_type": "nonsense"}},
+            r"\['rope_type'\]='nonsense': expected one of default, ",
+        ),
+        ({"rope_parameters": {"rope_theta": 0}}, r"rope_parameters\['rope_theta'\]=0: expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            r"\['factor'\]=0.5: expected a number from 1 on",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters={'rope_type': 'yarn', .*[Mm]issing.*'factor'"),
     ],
 )
 def test_impossible_text_values_are_refused(fields, message):
@@ -80,6 +97,8 @@ def test_impossible_text_values_are_refused(fields, message):
         ({"image_seq_length": 195}, "image_seq_length=195: expected 196, which is what the encoder gives"),
         ({"patches_per_token": 5}, "patches_per_token=5: expected a divisor of the encoder's 196 patches"),
         ({"projector_num_layers": 3}, "projector_num_layers=3: expected 1 or 2"),
+        ({"projector_hidden_act": "nonsense"}, "projector_hidden_act='nonsense': expected one of gelu, "),
+        ({"vision_config": {"model_type": "eye"}}, "vision_config.model_type='eye': expected one that transformers knows"),
         ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size=0: expected a positive integer"),
         ({"vision_config": {"image_size": 8, "patch_size": 16}}, "vision_config.patch_size=16: expected at most image_size=8"),
         ({"text_config": 5}, "text_config=5: expected a config, a dict or None"),

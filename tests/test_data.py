@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,7 +71,7 @@ def images(tmp_path) -> Path:
 def write(tmp_path):
     def write_rows(rows: list, name: str = "data.jsonl") -> Path:
         path = tmp_path / name
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return path
 
@@ -241,6 +244,28 @@ def test_rows_with_missing_or_corrupt_images_are_dropped_and_counted(write, imag
         load_conversations(write(rows), images, max_dropped=0.5, strict=True)
 
 
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"])
+def test_a_name_that_no_file_can_have_is_refused(write, images, name):
+    with pytest.raises(ValueError, match=r"line 1: the image '.*\.png' cannot be the name of a file"):
+        load_conversations(write([chat("<image>", image=name)]), images)
+
+
+def test_nothing_left_is_said(write, images, processor):
+    nothing = load_conversations(write([chat("<image>", image="nowhere.png")]), images, max_dropped=1)
+    with pytest.raises(ValueError, match="nothing to learn from: no rows are left"):
+        tokenize_conversations(nothing, processor)
+
+
+def test_videos_are_refused(write, images):
+    inline = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
+    for row, message in (
+        (chat("What?", videos=["a.mp4"]), "line 1: the row has a video, and training takes pictures alone"),
+        ({"messages": inline}, "line 1: expected content of type 'text' or 'image', got {'type': 'video'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_conversations(write([row]), images)
+
+
 def test_a_stream_stops_when_too_many_images_are_bad(write, images):
     rows = [chat("<image>", image="nowhere.png") for _ in range(30)]
     with pytest.raises(ValueError, match="11 of 1,000 rows have missing or corrupt images"):
@@ -401,7 +426,9 @@ def test_samples_that_do_not_fit_are_dropped_and_counted(write, images, processo
 
 
 def test_work_is_done_once(write, images):
-    data_file = write(ROWS)
+    for number in range(8):
+        (images / f"{number}.png").write_bytes(encoded("red"))
+    data_file = write([*ROWS, *[chat("<image>", image=f"{number}.png") for number in range(8)]])
 
     def files():
         processor = make_processor()  # a new one, as in a new process
@@ -411,6 +438,24 @@ def test_work_is_done_once(write, images):
     first = files()
     times = [os.stat(file).st_mtime_ns for file in first]
     assert files() == first
+    # Nor again in another process, where sets have another order
+    code = (
+        "import sys, datasets\n"
+        "from conftest import make_processor\n"
+        "from minimind_v_hf.data import load_conversations, tokenize_conversations\n"
+        "datasets.config.HF_DATASETS_CACHE = sys.argv[3]\n"
+        "dataset = tokenize_conversations(load_conversations(*sys.argv[1:3]), make_processor(), max_length=100)\n"
+        "print(*[entry['filename'] for entry in dataset.cache_files])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(data_file), str(images), str(datasets.config.HF_DATASETS_CACHE)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == first
+    assert "Looking at the images" not in done.stderr  # as its progress bar would say
     assert [os.stat(file).st_mtime_ns for file in first] == times
 
 

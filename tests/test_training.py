@@ -2,17 +2,24 @@
 
 import json
 import math
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import resource
+import runpy
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import MOE, make_image, make_model, make_processor
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -25,7 +32,7 @@ from minimind_v_hf.data import load_conversations, tokenize_conversations
 from minimind_v_hf.features import CachedFeaturesCollator, encode_images
 from minimind_v_hf.metering import matmul_rate, training_flops
 from minimind_v_hf.packing import pack
-from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_start, native_recipe, parse_arguments
+from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_data, load_start, native_recipe, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import TRAINABLE, MiniMindVTrainer, freeze, load_checkpoint, parameter_table
 
@@ -288,6 +295,14 @@ def test_packed_rows_cost_the_same_as_samples_alone(home, rows, tmp_path):
     assert packed["images_per_second"] > 0
 
 
+def test_packed_rows_that_flash_attention_would_mix_are_refused(home, rows, tmp_path):
+    trainer = make_trainer(home, pack(rows, 300), tmp_path)
+    trainer.model.config.text_config._attn_implementation = "flash_attention_2"
+    packed = [trainer.train_dataset[i] for i in range(2)]
+    with pytest.raises(ValueError, match=r"flash_attention_2 keeps packed samples apart only in batches of one row, .* has 2"):
+        trainer.compute_loss(trainer.model, trainer.data_collator(packed))
+
+
 def test_label_smoothing_is_refused(home, rows, tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1: expected 0"):
         make_trainer(home, rows, tmp_path, label_smoothing_factor=0.1)
@@ -340,10 +355,15 @@ def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):
     conversations = load_conversations(home / "train.jsonl", home / "images")
     sheet = SampleSheet([conversations[i] for i in range(5)], make_processor())
     options = {"eval_dataset": rows.select(range(6)), "eval_strategy": "steps", "eval_steps": 2, "callbacks": [sheet]}
+    options |= {"per_device_eval_batch_size": 4}
     trainer = make_trainer(home, rows, tmp_path, max_steps=2, save_strategy="no", **options)
     trainer.train()
     assert (tmp_path / "samples" / "step-000002.png").read_bytes().startswith(b"\x89PNG")
-    assert trainer.state.log_history[-2]["eval_loss"] > 0
+    # The mean over all labels, of whichever batches
+    expected = mean_loss(trainer.model, rows.select(range(6)))
+    assert trainer.state.log_history[-2]["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    trainer.compute_metrics = lambda prediction: {}  # which wants the logits
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -393,6 +413,23 @@ def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
         make_trainer(home, rows, tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_a_streamed_run_goes_on_where_it_was(home, tmp_path):
+    """Also in its second pass over the data."""
+    run = RunArguments(data_files=[str(home / "train.jsonl")], image_folder=str(home / "images"), streaming=True)
+
+    def trained(folder, *callbacks, resume=None):
+        args = TrainingArguments(output_dir=str(folder), use_cpu=True, seed=3)
+        stream = load_data(run, args, make_processor()).train
+        trainer = make_trainer(home, stream, folder, max_steps=12, callbacks=list(callbacks))
+        trainer.train(resume_from_checkpoint=resume)
+        return losses(trainer)
+
+    expected = trained(tmp_path / "whole")
+    assert len(expected) == 12
+    trained(tmp_path / "parts", StopAt(9))
+    assert trained(tmp_path / "parts", resume=True) == pytest.approx(expected, abs=1e-6)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -425,15 +462,53 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrup
 # ── The scripts, as real processes ───────────────────────────────────────────────────────────────────────────────────
 
 
-def launch(home, output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py"):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command += [*map(str, before), str(ROOT / "examples" / script), str(home / "recipe.json"), "--output_dir", str(output_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
+@pytest.fixture(scope="module")
+def launch(home):
+    """Starts an example script with the file of arguments, in processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minimind_v_hf.recipe", "minimind_v_hf.reporting"])
+    saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "HF_DATASETS_CACHE")}
+    os.environ |= {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(home / "cache")}  # for the server, which starts now
+    multiprocessing.forkserver.ensure_running()
+    for name, value in saved.items():
+        os.environ.pop(name)
+        os.environ |= {} if value is None else {name: value}
+
+    def start(output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py"):
+        argv = [*before, ROOT / "examples" / script, home / "recipe.json", "--output_dir", output_dir, *arguments]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1], "WORLD_SIZE": processes}
+        log = home / f"log-{time.monotonic_ns()}"
+        running = []
+        for rank in range(processes):
+            ranks = common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes} if processes > 1 else {}
+            variables = {name: str(value) for name, value in (ranks | (environment or {})).items()}
+            running.append(context.Process(target=run_script, args=([*map(str, argv)], variables, log)))
+            running[-1].start()
+        codes = []
+        while running:
+            if not multiprocessing.connection.wait([process.sentinel for process in running], timeout=600):
+                running[0].kill()
+                running[0].join()
+            for process in [process for process in running if not process.is_alive()]:
+                running.remove(process)
+                codes.append(process.exitcode)
+                if process.exitcode:  # the others would wait for it
+                    for other in running:
+                        other.kill()
+        return SimpleNamespace(returncode=next(filter(None, codes), 0), output=log.read_text())
+
+    return start
+
+
+def run_script(argv: list[str], environment: dict[str, str], log: Path) -> None:
+    """What a process of `launch` does."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= environment
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 KILLED_WHILE_SAVING = """
@@ -455,15 +530,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_killed_in_two_processes_and_resumed_in_one(home, tmp_path, uninterrupted):
+def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, uninterrupted):
     driver = tmp_path / "killed_while_saving.py"
     driver.write_text(KILLED_WHILE_SAVING)
     output = tmp_path / "run"
-    killed = launch(home, output, "--per_device_train_batch_size", 2, processes=2, before=[driver])
-    assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-3000:]
+    killed = launch(output, "--per_device_train_batch_size", 2, processes=2, before=[driver])
+    assert killed.returncode == -9, killed.output[-3000:]
     assert (output / ".unfinished" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
-    done = launch(home, output, "--per_device_train_batch_size", 2)
+    # As a user would, in one process of its own
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "examples" / "sft.py")]
+    command += [str(home / "recipe.json"), "--output_dir", str(output), "--per_device_train_batch_size", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(home / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Going on from {output / 'checkpoint-4'}" in done.stdout
     assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
@@ -479,7 +558,9 @@ def test_killed_in_two_processes_and_resumed_in_one(home, tmp_path, uninterrupte
     assert int(alone.stdout) == make_model().num_parameters(), alone.stderr[-2000:]
 
 
-def test_fsdp_in_two_processes(home, tmp_path, uninterrupted):
+def test_fsdp_in_two_processes(home, rows, launch, tmp_path, uninterrupted):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join((home / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
     environment = {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
@@ -488,14 +569,15 @@ def test_fsdp_in_two_processes(home, tmp_path, uninterrupted):
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
     done = launch(
-        home,
         tmp_path,
-        *("--per_device_train_batch_size", 2),
+        *("--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2),
+        *("--eval_files", held_out, "--eval_strategy", "steps", "--eval_steps", 12),
         processes=2,
         before=[ROOT / "tests" / "shard_on_cpu.py"],
         environment=environment,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
+    assert "No samples are drawn: FSDP" in done.output
     assert (tmp_path / "checkpoint-12" / "pytorch_model_fsdp.bin").exists()
     assert losses(tmp_path) == pytest.approx(uninterrupted, abs=2e-5)
     assert {"modeling_minimind_v.py", "processing_minimind_v.py"} <= {path.name for path in tmp_path.iterdir()}
@@ -505,9 +587,18 @@ def test_fsdp_in_two_processes(home, tmp_path, uninterrupted):
         model.lm_head.weight, MiniMindVForConditionalGeneration.from_pretrained(home / "start").lm_head.weight
     )
     assert model.lm_head.weight is model.get_input_embeddings().weight
+    # Of the 2 x 2 places in the last batch, one row fills one; the others count for nothing
+    history = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    (held_out_loss,) = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert held_out_loss == pytest.approx(mean_loss(model, rows.select(range(5))), abs=2e-5)
 
 
-def test_streaming_is_split_without_repeats(home, tmp_path):
+@torch.no_grad()
+def mean_loss(model, rows) -> float:
+    return model.eval()(**MiniMindVCollator(make_processor())(list(rows))).loss.item()
+
+
+def test_streaming_is_split_without_repeats(launch, tmp_path):
     """Each of two processes writes down the rows that it trains on."""
     driver = tmp_path / "write_down.py"
     driver.write_text(
@@ -524,9 +615,10 @@ def test_streaming_is_split_without_repeats(home, tmp_path):
     )
     options = ["--streaming", "--max_steps", 2, "--per_device_train_batch_size", 5, "--save_strategy", "no"]
     environment = {"SEEN": str(tmp_path / "seen-")}
-    done = launch(home, tmp_path / "run", *options, processes=2, before=[driver], environment=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = [(tmp_path / f"seen-{rank}").read_text().splitlines() for rank in range(2)]
+    done = launch(tmp_path / "run", *options, processes=2, before=[driver], environment=environment)
+    assert done.returncode == 0, done.output[-3000:]
+    # The loader is a batch ahead, and there begins the second pass
+    seen = [(tmp_path / f"seen-{rank}").read_text().splitlines()[:10] for rank in range(2)]
     assert len(seen[0]) == len(seen[1]) == 10
     assert len({*seen[0], *seen[1]}) == 20
 
@@ -534,10 +626,11 @@ def test_streaming_is_split_without_repeats(home, tmp_path):
 # ── With peft and TRL ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_lora_trains_saves_reloads_and_merges(home, tmp_path):
+def test_lora_trains_saves_reloads_and_merges(home, launch, tmp_path):
     peft = pytest.importorskip("peft")
-    done = launch(home, tmp_path, "--save_steps", 6, script="lora.py")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(tmp_path, "--save_steps", 6, "--cache_features", tmp_path / "features", script="lora.py")
+    assert done.returncode == 0, done.output[-3000:]
+    assert (tmp_path / "features" / "index.json").exists()
     batch = {"input_ids": torch.arange(3, 30)[None]}
     start = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     merged = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "merged")
@@ -551,11 +644,12 @@ def test_lora_trains_saves_reloads_and_merges(home, tmp_path):
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
-def test_trl_has_the_same_losses(home, tmp_path, uninterrupted):
+def test_trl_has_the_same_losses(launch, tmp_path, uninterrupted):
     pytest.importorskip("trl")
     recipe = ["--disable_tqdm", "true", "--save_steps", 12]
-    done = launch(home, tmp_path, *recipe, script="sft_trl.py")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(tmp_path, *recipe, "--cache_features", tmp_path / "features", script="sft_trl.py")
+    assert done.returncode == 0, done.output[-3000:]
+    assert (tmp_path / "features" / "index.json").exists()
     assert losses(tmp_path) == pytest.approx(uninterrupted, abs=0.05)  # TRL spares norms and biases the weight decay
 
 
@@ -629,6 +723,11 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
     assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, parts.model.multi_modal_projector.linear_1.weight)
 
 
+def test_parts_that_do_not_fit_are_refused_at_once(home):
+    with pytest.raises(ValueError, match="makes 16 tokens of a picture, but --config minimind2-v-small expects 196"):
+        load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), seed=1)
+
+
 def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
     model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, "llm")
@@ -643,9 +742,35 @@ def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, 
     assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
     assert trainer.state.log_history[0]["images_per_second"] > 0
     assert not calls
+    with pytest.raises(ValueError, match="holds something else than vectors"):
+        encode_images(model, collator, [rows], home)
     freeze(model, "all")
     with pytest.raises(ValueError, match="only while the encoder is frozen"):
         encode_images(model, collator, [rows], tmp_path / "other")
+
+
+def test_kept_features_follow_what_they_were_made_of(tmp_path):
+    picture, kept = str(tmp_path / "picture.png"), tmp_path / "kept"
+    make_image("red").save(picture)
+    rows, collator = Dataset.from_dict({"images": [[picture]]}), MiniMindVCollator(make_processor())
+    model = make_model()
+    freeze(model, "llm")
+
+    def encoded(dtype=torch.float32):
+        return encode_images(model, collator, [rows], kept, dtype)([picture])
+
+    red = encoded()
+    written = (kept / "features.npy").stat().st_ino
+    assert torch.equal(encoded(), red)
+    assert (kept / "features.npy").stat().st_ino == written
+    make_image("blue", (21, 20)).save(picture)
+    blue = encoded()
+    assert not torch.equal(blue, red)
+    assert encoded(torch.bfloat16).dtype == torch.bfloat16
+    processor = make_processor()
+    processor.image_processor.image_mean = [0.9, 0.9, 0.9]
+    collator = MiniMindVCollator(processor)
+    assert not torch.equal(encoded(), blue)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -653,6 +778,7 @@ def test_accelerate_understands_the_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 2
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    assert config.mixed_precision == "no"  # another value would override the scripts' --bf16
 
 
 def test_the_two_stages_agree_line_for_line():
