@@ -65,6 +65,7 @@ CSS = """
 #chat { height: max(320px, calc(100dvh - 430px)) !important; }
 #chat img { min-height: 110px; max-height: 200px; width: auto; border-radius: 8px; }
 #chat .message-buttons-right { display: none; }
+#chat .message-wrap * { overflow-wrap: anywhere; }
 """
 
 
