@@ -95,9 +95,18 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write model, configuration and code; the configuration says `dtype`, also where the encoder is stored in another."""
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+def save_model(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write model, configuration and code; the configuration says `dtype`, also where the encoder is stored in another.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        dtype: what the configuration says.
+        state_dict: the tensors, where other names are wanted than the model's own.
+    """
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, state_dict=state_dict)
     model.config.dtype = dtype  # transformers writes that of the first tensor, which is the encoder's
     model.config.save_pretrained(folder)
 

@@ -84,7 +84,10 @@ def convert(arguments: argparse.Namespace) -> None:
     stock.generation_config = ours.generation_config
 
     with new_folder(arguments.output) as staging:
-        save_model(stock, staging, stock.lm_head.weight.dtype)
+        # As published LLaVAs have it: transformers 5 reads it with and without `vision_model`, vLLM's LLaVA only with
+        tower = "model.vision_tower."
+        state_dict = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in stock.state_dict().items()}
+        save_model(stock, staging, stock.lm_head.weight.dtype, state_dict)
         if has_eyes:
             stock_processor(MiniMindVProcessor.from_pretrained(folder), stock_config).save_pretrained(staging)
         elif (folder / "tokenizer_config.json").is_file():

@@ -2,9 +2,9 @@
 
     python examples/web_demo.py --model runs/quickstart/model
 
-Several models may be given, to choose among on the page. Needs gradio (`pip install gradio`), and PyAV for videos. The page is
-for this machine alone unless `--host 0.0.0.0` opens it to others. A folder's own code is run, unless the package
-minimind_v_hf is installed.
+Several models may be given, to choose among on the page. Needs gradio (`pip install -e ".[demo]"`), and PyAV for videos
+(`".[demo,video]"`). The page is for this machine alone unless `--host 0.0.0.0` opens it to others. A folder's own code is run,
+unless the package minimind_v_hf is installed.
 """
 
 import argparse
@@ -16,13 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 from chat import media_kind
 from conversation import Conversation, load_model
 from transformers import TextIteratorStreamer
 
 from shapes import all_scenes, draw
 
+
+try:
+    import gradio as gr
+except ImportError:
+    raise SystemExit('The web page needs gradio: pip install -e ".[demo]"') from None
 
 TEXTS = gr.I18n(
     en={
@@ -61,6 +65,7 @@ CSS = """
 #chat { height: max(320px, calc(100dvh - 430px)) !important; }
 #chat img { min-height: 110px; max-height: 200px; width: auto; border-radius: 8px; }
 #chat .message-buttons-right { display: none; }
+#chat .message-wrap * { overflow-wrap: anywhere; }
 """
 
 

@@ -1,8 +1,18 @@
 """Tiny models, tokenizers and pictures, made here: no test needs the network or a published weight."""
 
+import base64
+import io
 import os
 import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 # Before torch: models this tiny gain nothing from a second thread, and processes beside one another lose a lot
@@ -96,6 +106,46 @@ def make_model(text_config: dict | None = None, **kwargs) -> MiniMindVForConditi
 
 def make_image(colour: str = "red", size: tuple[int, int] = (20, 20)) -> Image.Image:
     return Image.new("RGB", size, colour)
+
+
+def image_url(colour: str) -> str:
+    """A picture as an OpenAI client sends it."""
+    file = io.BytesIO()
+    make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@contextmanager
+def running_server(command: Sequence[str | Path], health: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A server in a process of its own, which cannot import this package. Gives its address once it answers at `health`.
+
+    The command is given `--port` last. Its log is in the folder.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | environment
+    log = folder / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--port", str(port)], env=environment, cwd=folder, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{health}", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, "the server does not answer"
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,11 @@
 """`transformers serve` and continuous batching: a real server process, asked by a real OpenAI client, and paged attention."""
 
-import base64
-import io
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
 import transformers
-from conftest import IMAGE_SIZE, MOE, make_config, make_image, make_model, make_processor
+from conftest import IMAGE_SIZE, MOE, image_url, make_config, make_image, make_model, make_processor, running_server
 from packaging import version
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -44,42 +35,11 @@ def server(folder):
     """The address of `transformers serve`, in a process that cannot import this package."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": str(folder.parent / "cache")}
     code = "import sys; sys.modules['minimind_v_hf'] = None; from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-I", "-c", code, "serve", str(folder), "--trust-remote-code", "--device", "cpu"]
-    log = folder.parent / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, cwd=folder.parent, stdout=file, stderr=file
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, TimeoutError):
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, "the server does not answer"
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def image_url(colour: str) -> str:
-    file = io.BytesIO()
-    make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    environment = {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": str(folder.parent / "cache")}
+    with running_server([*command, "--host", "127.0.0.1"], "/health", folder.parent, environment) as address:
+        yield f"{address}/v1"
 
 
 def test_an_openai_client_gets_the_greedy_tokens(server, folder):

@@ -133,3 +133,40 @@ def test_in_a_browser_the_size_of_a_telephone(page, folder):
 
     page.get_by_text("新对话").click()
     page.wait_for_function("!document.querySelector('#chat').innerText.includes('这是什么')")
+
+
+def test_in_a_browser_examples_videos_and_another_model(page, folder):
+    box, chat = page.locator("#box textarea"), page.locator("#chat")
+
+    def ask(question=None):
+        if question:
+            box.fill(question)
+        box.press("Enter")
+        page.locator("#box button.stop-button").click()
+        page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
+
+    page.locator(".gallery-item").nth(1).click()
+    page.locator("#box img").wait_for()
+    assert box.input_value() == "左上的图形是什么颜色？"
+    ask()
+    assert "左上的图形是什么颜色？" in chat.inner_text()
+    assert chat.locator("img").count() == 1
+
+    page.locator("#model input").click()
+    page.get_by_role("option", name="other").click()
+    page.wait_for_function("!document.querySelector('#chat').innerText.includes('左上')")
+
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "clip.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for colour in ("red", "red", "blue", "blue"):
+            file.mux(stream.encode(av.VideoFrame.from_image(make_image(colour, (64, 64)))))
+        file.mux(stream.encode())
+    page.set_input_files("#box input[type=file]", str(folder / "clip.mp4"))
+    page.locator("#box .thumbnail-item").wait_for()
+    ask("W" * 100)
+    assert chat.locator("video").count() == 1
+    assert "W" * 100 in chat.inner_text()
+    assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")  # long words are broken
