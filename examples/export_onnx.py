@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what other models would lack
-    model, processor = load_model(arguments.model, dtype=torch.float32)
+    model, processor = load_model(arguments.model)
     model.cpu()
     export(model, arguments.output)
     processor.save_pretrained(arguments.output)

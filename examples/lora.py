@@ -11,11 +11,14 @@ mean nothing here. Needs peft (`pip install -e ".[lora]"`).
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
-
 from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.training import MiniMindVTrainer
 
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+except ImportError:
+    raise SystemExit('LoRA needs peft: pip install -e ".[lora]"') from None
 
 RECIPE = {
     "learning_rate": 2e-4,

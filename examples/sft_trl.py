@@ -6,11 +6,14 @@
 Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs TRL (`pip install -e ".[trl]"`).
 """
 
-from trl import SFTConfig, SFTTrainer
-
 from minimind_v_hf.recipe import load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.training import freeze, parameter_table
 
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError:
+    raise SystemExit('This script needs TRL: pip install -e ".[trl]"') from None
 
 RECIPE = {
     "trainable": "llm",

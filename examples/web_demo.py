@@ -165,7 +165,7 @@ def forget(talk: Talk | None) -> tuple:
 
 @functools.lru_cache(maxsize=4)
 def load_once(folder: str):
-    return load_model(folder)
+    return load_model(folder, "auto")
 
 
 def draw_examples(folder: Path) -> list[list[dict[str, Any]]]:

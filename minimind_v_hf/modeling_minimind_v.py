@@ -833,6 +833,16 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """Continuous batching of transformers, for prompts of text alone: it takes no images, and would not see them.
+
+        Raises:
+            ValueError: a prompt holds image tokens.
+        """
+        if any(self.config.image_token_id in prompt for prompt in inputs):
+            raise ValueError("generate_batch takes no images, and a prompt holds image tokens: use generate() for it.")
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat each sequence for beams or for several answers, and with it its images.
 

@@ -97,7 +97,7 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     assert Path("whole_errors.png").read_bytes().startswith(b"\x89PNG")
 
     # As if the power had failed in the middle of the fourth line
-    settings = {"model": fingerprint("model"), "data": fingerprint("data.jsonl"), "length": 4}
+    settings = {"model": fingerprint("model"), "data": fingerprint("data.jsonl"), "length": 4, "int8": False}
     first = json.dumps({**rows[0], "answer": "from before"}) + "\n"
     Path("rest.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])
     command = [sys.executable, str(EVALUATE), *options, "--output", "rest.jsonl"]

@@ -84,3 +84,9 @@ def test_continuous_batching_gives_the_greedy_tokens(text_config, with_eyes):
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     answers = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small, progress_bar=False)
     assert [answer.generated_tokens for answer in answers.values()] == alone
+
+
+def test_continuous_batching_refuses_images_which_it_would_not_see():
+    model = make_model()
+    with pytest.raises(ValueError, match="takes no images"):
+        model.generate_batch([[5, 6], [5, model.config.image_token_id, 6]])
