@@ -10,8 +10,10 @@ MiniMind2-V small and transformers' LLaVA of the same dimensions, both with rand
     … compiled                with a static cache and a compiled forward pass
 
 Each runs in processes of its own, in turns, and the best of all rounds counts: what else the machine does can only slow it
-down. Prompts have different lengths. Rates are those after the first token, from the median time between tokens. Needs no
-network; downloads nothing. Prints tables in Markdown, writes them as JSON, and draws them.
+down. Prompts have different lengths. Rates are those after the first token, from the median time between tokens; the JSON file
+has those of whole calls too, in which every picture must be encoded. "First answer" includes compiling. The limits are what the
+matrix products, or reading the weights, would take alone. Needs no network. Prints tables in Markdown, writes them as JSON, and
+draws them.
 """
 
 import argparse
@@ -92,9 +94,9 @@ def measure(way: dict[str, Any], folder: Path, arguments: argparse.Namespace) ->
     dtype = getattr(torch, way["precision"].replace("int8", "float32"))
     model = AutoModelForImageTextToText.from_pretrained(folder / way["model"], dtype=dtype, **way["options"])
     model = model.to(DEVICE).eval()
-    result = {"load_seconds": time.perf_counter() - start}
     if way["precision"] == "int8":
         quantize_int8(model)
+    result = {"load_seconds": time.perf_counter() - start}
     processor = AutoProcessor.from_pretrained(folder / way["model"])
     processor.tokenizer.padding_side = "left"
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": processor.tokenizer.pad_token_id}
@@ -118,12 +120,15 @@ def measure(way: dict[str, Any], folder: Path, arguments: argparse.Namespace) ->
     result["first_answer_seconds"] = time.perf_counter() - start  # compilation included
     firsts, gaps = zip(*(ask(1, arguments.tokens) for _ in range(3)), strict=True)
     result["first_token_seconds"] = min(firsts)
+    result["whole_tokens_per_second_1"] = arguments.tokens / min(
+        first + sum(gap) for first, gap in zip(firsts, gaps, strict=True)
+    )
     result["tokens_per_second_1"] = 1 / min(float(np.median(gap)) for gap in gaps)
     if not way["compiled"]:  # compiling for every batch size takes longer than it is worth here
         for batch in BATCHES[1:]:
             first, gap = ask(batch, arguments.tokens)
             result[f"tokens_per_second_{batch}"] = batch / float(np.median(gap))
-            result[f"first_tokens_seconds_{batch}"] = first
+            result[f"whole_tokens_per_second_{batch}"] = batch * arguments.tokens / (first + sum(gap))
     peak = (
         torch.cuda.max_memory_allocated()
         if DEVICE.type == "cuda"
@@ -158,7 +163,7 @@ def measure_machine(folder: Path) -> dict[str, float]:
     active = flops["token"] / 2 + model.lm_head.weight.numel()  # weights that a token passes through
     first = flops["image"] + prompt * flops["token"] + prompt * (prompt + 1) / 2 * flops["pair"] + flops["label"]
     rate, reading = matmul_rate(DEVICE, torch.float32), read_rate()
-    result = {"multiply_add_gigaflops": rate / 1e9, "read_gigabytes_per_second": reading / 1e9, "prompt_tokens": prompt}
+    result = {"float32_gigaflops_per_second": rate / 1e9, "read_gigabytes_per_second": reading / 1e9, "prompt_tokens": prompt}
     result["floor_first_token_seconds_float32"] = first / rate
     if has_fast_bf16():
         result["floor_first_token_seconds_bfloat16"] = first / matmul_rate(DEVICE, torch.bfloat16)
@@ -176,8 +181,10 @@ def measure_machine(folder: Path) -> dict[str, float]:
 
 def best_of(rounds: list[dict[str, float]]) -> dict[str, float]:
     """The best value of each measure."""
-    best = max, min
-    return {name: best["second" in name.split("_per_")[0] or "giga" in name](row[name] for row in rounds) for name in rounds[0]}
+    return {
+        name: (max if "_per_second" in name else min)(row[name] for row in rounds)  # rates, or seconds and bytes
+        for name in rounds[0]
+    }
 
 
 def tables(results: dict[str, dict[str, float]], machine: dict[str, float], ways: dict[str, dict[str, Any]]) -> str:
@@ -189,15 +196,9 @@ def tables(results: dict[str, dict[str, float]], machine: dict[str, float], ways
         value = row[name] / base[name]
         return f" ({1 / value if 'seconds' in name else value:.2f} x)"
 
-    columns = [
-        "",
-        "first token",
-        "tokens/s, one answer",
-        "of the floor",
-        *[f"batch {n}" for n in BATCHES[1:]],
-        "memory",
-        "load",
-    ]
+    batches = [f"batch {number}" for number in BATCHES[1:]]
+    columns = ["", "first token", "its limit", "tokens/s, one answer", "of the limit", *batches]
+    columns += ["batch 16 : 16 calls", "first answer", "memory", "load"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for way, row in results.items():
         floor = machine[f"floor_tokens_per_second_{ways[way]['precision']}"]
@@ -205,9 +206,12 @@ def tables(results: dict[str, dict[str, float]], machine: dict[str, float], ways
         cells = [
             way,
             f"{row['first_token_seconds']:.3f} s{ratio(row, 'first_token_seconds')}",
+            f"{machine['floor_first_token_seconds_' + ways[way]['precision'].replace('int8', 'float32')]:.3f} s",
             f"{row['tokens_per_second_1']:.0f}{ratio(row, 'tokens_per_second_1')}",
             f"{row['tokens_per_second_1'] / floor:.0%}",
             *[f"{row[name]:.0f}{ratio(row, name)}" if name in row else "–" for name in names],
+            f"{row['tokens_per_second_16'] / row['tokens_per_second_1']:.1f} x" if "tokens_per_second_16" in row else "–",
+            f"{row['first_answer_seconds']:.1f} s",
             f"{row['peak_gigabytes']:.2f} GB",
             f"{row['load_seconds']:.2f} s",
         ]
@@ -241,7 +245,12 @@ def draw(results: dict[str, dict[str, float]], machine: dict[str, float], ways: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="minimind2-v-small", help="of our model (default: %(default)s, LLaVA's match)")
+    parser.add_argument(
+        "--preset",
+        choices=("minimind2-v-small", "minimind2-v", "minimind2-v-moe"),
+        default="minimind2-v-small",
+        help="of our model (default: %(default)s, which alone has a LLaVA to match)",
+    )
     parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="turns, of which the best counts (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", help="which to measure, by name (default: all)")

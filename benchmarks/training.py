@@ -95,28 +95,31 @@ class Stopwatch(TrainerCallback):
 
 
 class Counter:
-    """A collator around a collator, which counts what comes out of it after the warm-up."""
+    """Counts the samples, tokens and positions of each step of a trainer."""
 
-    def __init__(self, collate, pad_token_id: int, skip: int):
-        self.collate, self.pad_token_id, self.skip = collate, pad_token_id, skip
-        self.batches: list[tuple[int, int, int]] = []
+    def __init__(self, trainer: Trainer, pad_token_id: int):
+        self.steps: list[tuple[int, int, int]] = []
+        training_step = trainer.training_step
 
-    def __call__(self, rows):
-        batch = self.collate(rows)
-        samples = sum(len(row["samples"]) if "samples" in row else 1 for row in rows)
-        ids = batch["input_ids"]
-        self.batches.append((samples, int((ids != self.pad_token_id).sum()), ids.numel()))
-        return batch
+        def count(model, inputs, *args, **kwargs):
+            ids = inputs["input_ids"]
+            full = ids != pad_token_id
+            # A packed row has as many samples as times at which its positions start anew
+            samples = int(((inputs["position_ids"] == 0) & full).sum()) if "position_ids" in inputs else len(ids)
+            self.steps.append((samples, int(full.sum()), ids.numel()))
+            return training_step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = count
 
     def measured(self) -> tuple[int, int, int]:
-        return tuple(map(sum, zip(*self.batches[self.skip :], strict=True)))  # type: ignore[return-value]
+        return tuple(map(sum, zip(*self.steps[WARM_UP:], strict=True)))  # type: ignore[return-value]
 
 
 def load_processor(folder: Path) -> MiniMindVProcessor:
     return make_processor(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
 
 
-def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple[Trainer, Counter]:
+def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> Trainer:
     """As a user of transformers would write it: a processor call for each batch, and everything by default."""
     ours = load_processor(folder)
     model, processor = make_llava(ours.image_token_id), make_llava_processor(ours)
@@ -130,7 +133,6 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple
         batch["labels"] = labels.masked_fill(labels == ours.image_token_id, -100)
         return dict(batch)
 
-    counter = Counter(collate, ours.tokenizer.pad_token_id, WARM_UP)
     args = TrainingArguments(
         output_dir=str(folder / "stock"),
         max_steps=arguments.steps + WARM_UP,
@@ -141,10 +143,10 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> tuple
         use_cpu=not torch.cuda.is_available(),
     )
     data = load_conversations(folder / "train.jsonl", folder / "images")
-    return Trainer(model=model, args=args, train_dataset=data, data_collator=counter), counter
+    return Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
 
 
-def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str) -> tuple[Trainer, Counter]:
+def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str) -> Trainer:
     processor = load_processor(folder)
     model = make_model(processor)
     freeze(model, stage["trainable"])
@@ -160,7 +162,6 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str)
     if way == "packed":
         data = pack(data, stage["pack_length"])
         batch_size = max(1, batch_size * 380 // stage["pack_length"])  # a sample has 380 tokens or so
-    counter = Counter(collator, processor.tokenizer.pad_token_id, WARM_UP)
     args = TrainingArguments(
         **native_recipe()
         | {
@@ -171,18 +172,18 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str)
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "dataloader_num_workers": 0,  # the counter counts in this process
+            "dataloader_num_workers": 8 if torch.cuda.is_available() else 0,  # on a processor they would only take turns
             "logging_steps": arguments.steps + WARM_UP,
         }
     )
-    trainer = MiniMindVTrainer(model=model, args=args, train_dataset=data, data_collator=counter, processing_class=processor)
-    return trainer, counter
+    return MiniMindVTrainer(model=model, args=args, train_dataset=data, data_collator=collator, processing_class=processor)
 
 
 def measure(way: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Train in one way, in this process."""
     stage = STAGES[arguments.stage]
-    trainer, counter = run_stock(folder, stage, arguments) if way == "stock" else run_ours(folder, stage, arguments, way)
+    trainer = run_stock(folder, stage, arguments) if way == "stock" else run_ours(folder, stage, arguments, way)
+    counter = Counter(trainer, load_processor(folder).tokenizer.pad_token_id)
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()

@@ -127,7 +127,7 @@ def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
         "eos_token_id",
     )
     fields = {name: getattr(text, name) for name in shared}
-    if not text.num_experts:
+    if not getattr(text, "num_experts", 0):
         return Qwen3Config(**fields) if text.use_qk_norm else LlamaConfig(**fields)
     if text.num_shared_experts:
         raise ConversionError("this mixture of experts has a shared expert, and Llama, Qwen3 and Qwen3-MoE have none")

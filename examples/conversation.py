@@ -47,7 +47,7 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
         from minimind_v_hf.quantization import quantize_int8 as quantize
     except ImportError:
         if precision == "int8":
-            raise ImportError("int8 weights need the package: pip install minimind_v_hf") from None
+            raise ImportError("int8 weights need the package minimind_v_hf: pip install -e . where it lies") from None
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "int8" if quantize else "float32"
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)

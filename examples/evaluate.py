@@ -113,11 +113,15 @@ def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{data}, line {number}: not a row in the MiniMind-V format ({error!r})") from error
             if len(roles) < 2 or roles[-1] != "assistant":
                 raise ValueError(f"{data}, line {number}: expected a question, and last the assistant's right answer")
-            placeholders = sum(content.count("<image>") for content in contents[:-1])
+            placeholders = sum(str(content).count("<image>") for content in contents[:-1])
             if placeholders != len(names):
                 raise ValueError(f"{data}, line {number}: {placeholders} <image> placeholders, but {len(names)} pictures")
             if missing := [name for name in names if not (images / name).is_file()]:
                 raise ValueError(f"{data}, line {number}: there is no {images / missing[0]}")
+            if not all(isinstance(content, str) for content in contents):
+                raise ValueError(f"{data}, line {number}: expected text as every message's content")
+            if row.get("choices") is None:
+                row.pop("choices", None)
             if "choices" in row and contents[-1] not in row["choices"]:
                 raise ValueError(f"{data}, line {number}: the right answer {contents[-1]!r} is not among its choices")
             rows.append(row)
@@ -177,7 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The measures of each kind of question, of each language, and of all."""
     right = {id(row): row["conversations"][-1]["content"].strip() for row in rows}
     chinese = {id(row): bool(re.search(f"[{HAN}]", right[id(row)])) for row in rows}
-    groups = {kind: [row for row in rows if row.get("kind") == kind] for kind in sorted({row.get("kind", "") for row in rows})}
+    groups = {
+        kind: [row for row in rows if str(row.get("kind") or "") == kind]
+        for kind in sorted({str(row.get("kind") or "") for row in rows})
+    }
     groups.pop("", None)
     if len(set(chinese.values())) == 2:
         groups["in Chinese"] = [row for row in rows if chinese[id(row)]]
@@ -206,6 +213,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
     parser.add_argument("--int8", action="store_true", help="round the decoder's weights to int8 first, to see what that costs")
     arguments = parser.parse_args()
+    if arguments.batch_size < 1 or arguments.max_new_tokens < 1:
+        parser.error("--batch-size and --max-new-tokens: expected 1 or more")
     for path in (arguments.data, arguments.images):
         if not path.exists():
             parser.error(f"there is no {path}")
@@ -213,6 +222,8 @@ def main() -> None:
         rows = read_rows(arguments.data, arguments.images)
     except ValueError as error:
         parser.error(str(error))
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
     # ── Model ──
     device = "cuda" if torch.cuda.is_available() else "cpu"

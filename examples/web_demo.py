@@ -106,7 +106,7 @@ def respond(
         return
     try:
         yield from _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if talk.conversation is not None:
             talk.conversation.detach()
         gr.Warning(str(error))

@@ -199,7 +199,10 @@ def describe_findings(findings: Findings, unit: str, max_lengths: list[int], lim
         if kind in findings.problems:
             lines += _section("✗", kind, findings.problems[kind], 0 if kind == BAD_ROWS["json"] else limit)
     count = sum(map(len, findings.problems.values()))
-    lines.append(f"Problems: {count:,}." if count else "✓ No problems.")
+    if not findings.rows and not count:
+        lines.append("✗ There are no rows.")
+    else:
+        lines.append(f"Problems: {count:,}." if count else "✓ No problems.")
     return "\n".join(lines)
 
 

@@ -611,10 +611,19 @@ def _is_trainable(module: nn.Module) -> bool:
 
 
 class MiniMindVModel(MiniMindVPreTrainedModel):
-    """Encoder, projector and decoder, without a language-modelling head."""
+    """Encoder, projector and decoder, without a language-modelling head.
+
+    Raises:
+        ValueError: the config is that of a training checkpoint that leaves the encoder out.
+    """
 
     def __init__(self, config: MiniMindVConfig):
         super().__init__(config)
+        if getattr(config, "encoder_left_out", False):
+            raise ValueError(
+                "This is a checkpoint in the middle of a training run, without its image encoder: load it with "
+                "minimind_v_hf.training.load_checkpoint(folder), or take the folder that the finished run has written."
+            )
         config.vision_config._experts_implementation = None  # the choice among kernels is for the decoder's experts
         self.vision_tower = AutoModel.from_config(config.vision_config)
         if hasattr(self.vision_tower, "use_head"):

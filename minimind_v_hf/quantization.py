@@ -39,6 +39,9 @@ class Int8Linear(nn.Module):
         output = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def _save_to_state_dict(self, *args, **kwargs):
+        raise RuntimeError("int8 weights are made when a model is loaded, and not saved: save the model before quantize_int8.")
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 

@@ -141,7 +141,7 @@ def parse_arguments(stage: dict[str, Any], description: str | None, *others: typ
     parser = HfArgumentParser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
     parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
     known = {action.dest for action in parser._actions}
-    defaults = native_recipe() | stage
+    defaults = native = native_recipe() | stage
     argv = sys.argv[1:]
     if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         path = argv.pop(0)
@@ -153,12 +153,12 @@ def parse_arguments(stage: dict[str, Any], description: str | None, *others: typ
             parser.error(f"{path}: expected names with values, got {recipe!r}")
         if unknown := sorted(str(name) for name in recipe if name not in known):
             parser.error(f"{path}: there is no argument {', '.join(unknown)}")
-        defaults |= recipe
+        defaults = native | recipe
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv))
     # What belongs to native's schedule and precision gives way to another choice of either
-    own_schedule = values["lr_scheduler_type"] != defaults["lr_scheduler_type"]
-    if own_schedule and values["lr_scheduler_kwargs"] is defaults["lr_scheduler_kwargs"]:
+    own_schedule = values["lr_scheduler_type"] != native["lr_scheduler_type"]
+    if own_schedule and values["lr_scheduler_kwargs"] is native["lr_scheduler_kwargs"]:
         values["lr_scheduler_kwargs"] = None
     if values["eval_files"] and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor, load_image
+from .images import read_image
+from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
 
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ def answer(model, processor: MiniMindVProcessor, rows: list[dict[str, Any]], max
     Args:
         model: in any mode, which it keeps.
         processor: of the model.
-        rows: with `conversations`, and `images` as `load_image` takes them.
+        rows: with `conversations`, and `images` as `read_image` takes them.
         max_new_tokens: longest answer.
     """
     prompts = processor.apply_chat_template([row["conversations"][:-1] for row in rows], add_generation_prompt=True)
-    images = [[load_image(source) for source in row["images"]] for row in rows]
+    images = [[read_image(source) for source in row["images"]] for row in rows]
     inputs = processor(text=prompts, images=images if any(images) else None, padding=True, return_tensors="pt")
     training = model.training
     model.eval()
@@ -86,7 +87,7 @@ def draw_answers(rows: list[dict[str, Any]], answers: list[str], path: Path, col
             axis.axis("off")
         for axis, row, given in zip(axes, rows, answers, strict=False):
             if row["images"]:
-                axis.imshow(load_image(row["images"][0]))
+                axis.imshow(read_image(row["images"][0]))
             *_, question, right = (message["content"] for message in row["conversations"])
             question = question.replace(IMAGE_PLACEHOLDER, "").strip()
             axis.set_title(shorten(question, "?"), fontsize=8, loc="left", parse_math=False)
@@ -99,12 +100,12 @@ class SampleSheet(TrainerCallback):
     """At each evaluation, has the model answer held-out rows, and draws them with their pictures into `samples/`.
 
     Args:
-        rows: as `load_conversations` gives them; each ends with the right answer.
+        rows: as `load_conversations` gives them; those that end with a question and the right answer are taken.
         processor: of the model.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], processor: MiniMindVProcessor):
-        self.rows = [row for row in rows if row["conversations"][-1]["role"] == "assistant"]
+        self.rows = [row for row in rows if [turn["role"] for turn in row["conversations"][-2:]] == ["user", "assistant"]]
         self.processor = processor
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
@@ -138,7 +139,7 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
 
 
 _CARD = """\
-# {name}
+# {title}
 
 A [MiniMind-V](https://github.com/jingyaogong/minimind-v) vision-language model. The folder holds everything: encoder,
 projector, decoder, tokenizer, chat template and code.
@@ -198,7 +199,8 @@ def write_model_card(trainer: "MiniMindVTrainer") -> None:
     }
     sheets = sorted((folder / "samples").glob("step-*.png"))
     content = _CARD.format(
-        name=args.hub_model_id or folder.name,
+        title=folder.resolve().name,
+        name=args.hub_model_id or args.output_dir,
         recipe=_table(recipe),
         parameters=parameter_table(trainer._bare_model()),
         data="\n\n".join(f"{name}:\n\n```\n{counts}\n```" for name, counts in trainer.data_counts.items()) or "Not recorded.",

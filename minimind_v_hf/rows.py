@@ -215,6 +215,6 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 hint = "; a row must be one object on one line" if line in (b"{", b"[") else ""
                 row = RowError("json", f"the line is not valid JSON ({error.msg} at column {error.colno}{hint})")
-            except (UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # not UTF-8, an endless number, nesting without end
                 row = RowError("json", f"the line is not valid JSON ({error})")
             yield f"line {number}", row

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .collator import PixelNormalizer
 from .metering import StepMeter, is_frozen
@@ -49,11 +49,16 @@ def freeze(model: MiniMindVForConditionalGeneration, trainable: str) -> None:
         trainable: one of `TRAINABLE`.
 
     Raises:
-        ValueError: another word.
+        ValueError: another word, or a decoder whose parts have other names than Llama's.
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     inner = model.model
+    if not (hasattr(inner.language_model, "layers") and hasattr(inner.language_model, "norm")):
+        raise ValueError(
+            f"{type(inner.language_model).__name__} has no `layers` and `norm`: training knows decoders with Llama's names, "
+            "such as Llama, Qwen3, Mistral and MiniMind."
+        )
     layers = inner.language_model.layers
     learning: dict[str, list[nn.Module]] = {
         "projector": [],
@@ -126,7 +131,9 @@ def load_checkpoint(
         if not source:
             raise ValueError(f"{folder} leaves its encoder out and knows no folder that has it: pass encoder=.")
         source = MiniMindVForConditionalGeneration.from_pretrained(source)
-    model = MiniMindVForConditionalGeneration(source.config.from_pretrained(folder))
+    config = source.config.from_pretrained(folder)
+    del config.encoder_left_out
+    model = MiniMindVForConditionalGeneration(config)
     state = {ENCODER + name: tensor for name, tensor in source.model.vision_tower.state_dict().items()}
     state |= load_file(Path(folder) / SAFE_WEIGHTS_NAME)
     result = model.load_state_dict(state, strict=False)
@@ -365,6 +372,9 @@ class MiniMindVTrainer(Trainer):
     def _describe_checkpoint(self, written: Path, final: Path) -> None:
         run = {"global_batch_size": self._global_batch_size(), "encoder": self._encoder}
         (written / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        if self._encoder and (config := written / CONFIG_NAME).exists():  # an adapter has none
+            fields = json.loads(config.read_text(encoding="utf-8")) | {"encoder_left_out": True}
+            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
@@ -383,7 +393,8 @@ class MiniMindVTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the model card tells the recipe
-            for path in unfinished.iterdir():
+            # config.json last: by it a finished run is known
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_NAME):
                 os.replace(path, folder / path.name)
             unfinished.rmdir()
         if self.args.push_to_hub:

@@ -306,6 +306,7 @@ def test_links_inside_the_folder_are_fine(write, images, tmp_path):
     [
         ("{'conversations': []}", "not valid JSON .*Expecting property name"),
         ('{"conversations": [', "not valid JSON"),
+        ("1" * 5000, "not valid JSON"),
         ("{", "a row must be one object on one line"),
         ("[1]", "expected an object with the key 'conversations', got list"),
         ({"text": "Hi"}, "expected the key 'conversations' or 'messages', got the keys 'text'"),

@@ -73,3 +73,8 @@ def test_compiled_decoding_gives_the_tokens_of_eager_decoding():
     compiling = CompileConfig(fullgraph=True, mode="default")
     compiling._compile_all_devices = True  # transformers compiles by itself on GPUs only
     assert model.generate(ids, **options, compile_config=compiling).tolist() == eager.tolist()
+
+
+def test_rounded_weights_are_not_saved_by_mistake(tmp_path):
+    with pytest.raises(RuntimeError, match="before quantize_int8"):
+        quantize_int8(make_model()).save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,12 @@ def uninterrupted(home, rows, tmp_path_factory) -> list[float]:
 
 
 # ── What learns ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_decoder_with_other_names_is_refused_with_the_cause():
+    model = make_model({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 320})
+    with pytest.raises(ValueError, match="GPT2Model has no `layers` and `norm`"):
+        freeze(model, "projector")
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
@@ -366,6 +373,22 @@ def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_samples_are_drawn_from_a_zip_archive_and_without_a_question(home, tmp_path):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        make_image("red").save(tmp_path / "a.png")
+        file.write(tmp_path / "a.png", "a.png")
+    data = tmp_path / "held_out.jsonl"
+    answers = [{"role": "assistant", "content": "red"}]
+    asked = {"conversations": [{"role": "user", "content": "<image>\nWhich colour?"}, *answers], "image": "a.png"}
+    data.write_text(json.dumps(asked) + "\n" + json.dumps({"conversations": answers}) + "\n")
+    sheet = SampleSheet(load_conversations(data, archive), make_processor())
+    state = SimpleNamespace(is_world_process_zero=True, global_step=7)
+    assert [row["conversations"][-1]["content"] for row in sheet.rows] == ["red"]
+    sheet.on_evaluate(SimpleNamespace(output_dir=tmp_path, fsdp=None), state, None, model=make_model())
+    assert (tmp_path / "samples" / "step-000007.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -379,6 +402,9 @@ def test_light_checkpoints_leave_the_encoder_out_and_get_it_back(home, rows, tmp
         loaded = load_checkpoint(tmp_path / "checkpoint-4", encoder).state_dict()
         assert loaded.keys() == trained.keys()
         assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    for auto in (AutoModelForImageTextToText, MiniMindVForConditionalGeneration):  # not with an encoder of random weights
+        with pytest.raises(ValueError, match=r"without its image encoder: load it with .*load_checkpoint"):
+            auto.from_pretrained(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="other weights than the one that it was trained with"):
         load_checkpoint(tmp_path / "checkpoint-4", make_model())
     with pytest.raises(ValueError, match="other weights than the one that it was trained with"):
@@ -669,6 +695,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
     run, args = parse(monkeypatch, recipe, "--max_length", 50, "--output_dir", tmp_path, "--optim", "adafactor")
     assert (run.max_length, args.learning_rate, args.optim.value) == (50, 2e-3, "adafactor")
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "\nlr_scheduler_type: linear\n")
+    _, args = parse(monkeypatch, other, "--output_dir", tmp_path)
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("linear", None)
     _, args = parse(monkeypatch, recipe, "--output_dir", tmp_path, "--lr_scheduler_type", "linear", "--weight_decay", 0)
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.weight_decay) == ("linear", None, 0)
 
