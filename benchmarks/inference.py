@@ -6,7 +6,7 @@ MiniMind2-V small and transformers' LLaVA of the same dimensions, both with rand
 
     llava, ours               as from_pretrained gives them, in float32
     … bfloat16                only where the machine multiplies it in hardware
-    … int8                    decoder weights rounded by `quantize_int8` (on a processor)
+    … int8                    decoder weights rounded by `quantize_int8` (on a CPU)
     … compiled                with a static cache and a compiled forward pass
 
 Each runs in processes of its own, in turns, and the best of all rounds counts: what else the machine does can only slow it
@@ -35,9 +35,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CompileConf
 from transformers import __version__ as transformers_version
 
 import minimind_v_hf  # noqa: F401 (registers the Auto classes)
-from minimind_v_hf.metering import matmul_rate, training_flops
+from minimind_v_hf.metering import has_fast_bf16, matmul_rate, training_flops
 from minimind_v_hf.quantization import quantize_int8
-from minimind_v_hf.recipe import has_fast_bf16
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ on it in five ways, each in a process of its own so that its peak memory is its 
     packed      the same as unpacked, but several samples in a row
     kept        grouped, with the frozen encoder's output kept on disk: what every epoch after the first costs
 
-On a processor that others use too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and
+On a CPU that others use too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and
 writes it as JSON, with what it was measured on.
 """
 
@@ -37,9 +37,9 @@ from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.collator import MiniMindVCollator
 from minimind_v_hf.data import load_conversations, tokenize_conversations
 from minimind_v_hf.features import CachedFeaturesCollator, encode_images
-from minimind_v_hf.metering import matmul_rate, training_flops
+from minimind_v_hf.metering import has_fast_bf16, matmul_rate, training_flops
 from minimind_v_hf.packing import pack
-from minimind_v_hf.recipe import has_fast_bf16, native_recipe
+from minimind_v_hf.recipe import native_recipe
 from minimind_v_hf.training import MiniMindVTrainer, freeze
 
 
@@ -172,7 +172,7 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str)
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "dataloader_num_workers": 8 if torch.cuda.is_available() else 0,  # on a processor they would only take turns
+            "dataloader_num_workers": 8 if torch.cuda.is_available() else 0,  # on a CPU they would only take turns
             "logging_steps": arguments.steps + WARM_UP,
         }
     )
@@ -303,7 +303,7 @@ def main() -> None:
             f"| {way} | {row['samples_per_second']:.2f} | {by_clock} | {row['cpu_seconds_per_sample']:.2f} | {by_work} "
             f"| {row['tokens_per_second']:,.0f} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |"
         )
-    print("\n| a sample, unpacked | ms (on a processor, of its own time) |\n|---|---|")
+    print("\n| a sample, unpacked | ms (on a CPU, of its own time) |\n|---|---|")
     for name, value in results["profile"].items():
         print(f"| {name} | {1000 * value:.1f} |")
 

@@ -161,7 +161,7 @@ def main() -> None:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the weights. auto, the default, is the fastest: bfloat16 on a GPU; on a processor the decoder's in int8, "
+        help="of the weights. auto, the default, is the fastest: bfloat16 on a GPU; on a CPU the decoder's in int8, "
         "which may now and then change a word",
     )
     arguments = parser.parse_args()

@@ -34,24 +34,28 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
 
     Args:
         folder: path or Hub id.
-        precision: "float32", "bfloat16", "int8" for decoder weights rounded to int8 beside a float32 encoder, or "auto"
-            for the fastest: bfloat16 on a GPU, and on a processor int8, or float32 without the package.
+        precision: "float32", "bfloat16", "int8" for decoder weights rounded to int8, the rest being bfloat16 where the machine
+            multiplies that in hardware and float32 elsewhere, or "auto" for the fastest: bfloat16 on a GPU, and on a CPU
+            int8, or float32 without the package.
         kwargs: of `from_pretrained` of the model.
 
     Raises:
         ImportError: "int8" without the package.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantize = None
+    quantize, fast_bf16 = None, False
     try:
+        from minimind_v_hf.metering import has_fast_bf16
         from minimind_v_hf.quantization import quantize_int8 as quantize
+
+        fast_bf16 = has_fast_bf16()
     except ImportError:
         if precision == "int8":
             raise ImportError("int8 weights need the package minimind_v_hf: pip install -e . where it lies") from None
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "int8" if quantize else "float32"
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and fast_bf16) else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **kwargs)
     model = model.to(device).eval()
     return (quantize(model) if precision == "int8" else model), processor

@@ -1,4 +1,4 @@
-"""Decoder weights in eight bits, for answers on a processor, whose speed is that of reading the weights.
+"""Decoder weights in eight bits, for answers on a CPU, whose speed is that of reading the weights.
 
 Each row of a weight matrix is stored as int8 with one scale (symmetric, round to nearest): a quarter of float32's bytes. The
 products run in bfloat16, which PyTorch's own kernel accumulates in float32.

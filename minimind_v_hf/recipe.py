@@ -29,6 +29,7 @@ from .collator import MiniMindVCollator
 from .configuration_minimind_v import MiniMindVConfig
 from .data import DataReport, load_conversations, tokenize_conversations
 from .features import CachedFeaturesCollator, encode_images
+from .metering import has_fast_bf16
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
 from .packing import pack
 from .processing_minimind_v import MiniMindVProcessor
@@ -110,14 +111,6 @@ def native_recipe() -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": ["tensorboard"] if is_tensorboard_available() else [],
     }
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = torch.cpu.get_capabilities()
-    return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
