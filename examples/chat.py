@@ -172,7 +172,10 @@ def main() -> None:
         options |= {"do_sample": True, "temperature": arguments.temperature}
         options |= {"top_p": arguments.top_p, "top_k": arguments.top_k}
 
-    conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
+    try:
+        conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
     media = [("image", source) for source in arguments.image] + [("video", source) for source in arguments.video]
     if not all(attach(conversation, kind, source) for kind, source in media):
         sys.exit(2)

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conversation import load_model
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -226,13 +226,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
     # ── Model ──
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
-    if arguments.int8:
-        from minimind_v_hf.quantization import quantize_int8
-
-        quantize_int8(model)
+    model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
     settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data)}

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from PIL import Image
+from transformers.image_utils import load_image
 
 
 matplotlib.use("agg")
@@ -65,7 +65,7 @@ def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, col
                 axis.axis("off")
                 continue
             colour = RIGHT if row["right"] else WRONG
-            axis.imshow(Image.open(image_folder / row["image"].split(",")[0].strip()))
+            axis.imshow(load_image(str(image_folder / row["image"].split(",")[0].strip())))
             axis.set_title(wrap(_shorten(_question(row))), fontsize=9)
             answer, right = (_shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
             verdict = answer if row["right"] else f"{answer} (not {right})"

@@ -10,6 +10,8 @@ Flags may stand in a YAML or JSON file, which comes first; several cards need a 
 Stopped or killed, the same command goes on from the last complete checkpoint. The defaults are MiniMind-V's own recipe.
 """
 
+from typing import Any
+
 from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import MiniMindVTrainer, freeze, parameter_table
@@ -24,8 +26,9 @@ RECIPE = {
 }
 
 
-def main() -> None:
-    run, args = parse_arguments(RECIPE, __doc__)
+def main(recipe: dict[str, Any], description: str | None) -> None:
+    """Train with these defaults, as the command line says; of both stages."""
+    run, args = parse_arguments(recipe, description)
     checkpoint = checkpoint_to_resume(args)
 
     # ── Model ──
@@ -57,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(RECIPE, __doc__)

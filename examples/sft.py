@@ -10,9 +10,7 @@ Flags may stand in a YAML or JSON file, which comes first; several cards need a 
 Stopped or killed, the same command goes on from the last complete checkpoint. The defaults are MiniMind-V's own recipe.
 """
 
-from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
-from minimind_v_hf.reporting import SampleSheet
-from minimind_v_hf.training import MiniMindVTrainer, freeze, parameter_table
+from pretrain import main
 
 
 RECIPE = {
@@ -24,37 +22,5 @@ RECIPE = {
 }
 
 
-def main() -> None:
-    run, args = parse_arguments(RECIPE, __doc__)
-    checkpoint = checkpoint_to_resume(args)
-
-    # ── Model ──
-    model, processor = load_start(run, args.seed)
-    freeze(model, run.trainable)
-    if args.should_log:
-        print(parameter_table(model))
-
-    # ── Data ──
-    data = load_data(run, args, processor)
-
-    # ── Training ──
-    trainer = MiniMindVTrainer(
-        model=model,
-        args=args,
-        data_collator=make_collator(run, args, processor, model, data),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=processor,
-        callbacks=[SampleSheet(data.held_out_conversations.take(run.samples), processor)] if data.held_out else None,
-        save_encoder=run.save_encoder,
-        data_counts=data.reports,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
-    if args.should_log:
-        print(f"The model is in {args.output_dir}, with a model card.")
-
-
 if __name__ == "__main__":
-    main()
+    main(RECIPE, __doc__)

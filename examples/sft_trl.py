@@ -6,6 +6,8 @@
 Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs TRL (`pip install -e ".[trl]"`).
 """
 
+import sft
+
 from minimind_v_hf.recipe import load_data, load_start, make_collator, parse_arguments
 from minimind_v_hf.training import freeze, parameter_table
 
@@ -15,14 +17,7 @@ try:
 except ImportError:
     raise SystemExit('This script needs TRL: pip install -e ".[trl]"') from None
 
-RECIPE = {
-    "trainable": "llm",
-    "learning_rate": 1e-6,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 2,
-    "max_length": 1536,
-    "gradient_checkpointing": False,
-}
+RECIPE = {**sft.RECIPE, "gradient_checkpointing": False}
 
 
 def main() -> None:
