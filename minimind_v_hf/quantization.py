@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .modeling_minimind_v import MiniMindExperts
+
 
 MAX_KERNEL_ROWS = 16  # the kernel reads the weights well, but multiplies slowly: above this, float products win
 
@@ -17,16 +19,16 @@ class Int8Linear(nn.Module):
     """A linear layer without bias over int8 weights.
 
     Args:
-        linear: the layer whose weights are rounded.
+        weight: what is rounded, (out, in).
     """
 
     weight: torch.Tensor  # (out, in), int8
     scale: torch.Tensor  # (out,), bfloat16
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach().float()
         # Rounded before it divides, so that weight and scale belong together
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
         self.register_buffer("weight", (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
@@ -46,11 +48,39 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
-    """Round the decoder's linear layers and its head to int8, in place, for inference.
+class Int8Experts(nn.Module):
+    """The experts of a mixture, over int8 weights.
 
-    The image encoder and the projector, which compute more than they read, stay as they are, and so do the embeddings and
-    stacked experts. The result generates but is neither trained nor saved: keep the folder it came from.
+    Args:
+        experts: a `MiniMindExperts`.
+    """
+
+    def __init__(self, experts: MiniMindExperts):
+        super().__init__()
+        self.gate_up_proj = nn.ModuleList(Int8Linear(weight) for weight in experts.gate_up_proj)
+        self.down_proj = nn.ModuleList(Int8Linear(weight) for weight in experts.down_proj)
+        self.act_fn = experts.act_fn
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """As `MiniMindExperts`: hidden states (B*T, D), the experts of each token and their weights (B*T, k)."""
+        shares = hidden_states.new_zeros(len(hidden_states), len(self.down_proj))  # (B*T, E)
+        shares.scatter_(1, top_k_index, top_k_weights.to(shares.dtype))
+        output = torch.zeros_like(hidden_states)
+        for expert, (gate_up_proj, down_proj) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            # A compiled graph cannot depend on the choice: there every expert reads every token
+            tokens = slice(None) if torch.compiler.is_compiling() else shares[:, expert].nonzero().squeeze(1)
+            chosen = hidden_states[tokens]
+            if len(chosen):
+                gate, up = gate_up_proj(chosen).chunk(2, dim=-1)
+                output[tokens] += down_proj(self.act_fn(gate) * up) * shares[tokens, expert, None]
+        return output
+
+
+def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Round the decoder's linear layers, its experts and its head to int8, in place, for inference.
+
+    The image encoder and the projector, which compute more than they read, stay as they are, and so do the embeddings. The
+    result generates but is neither trained nor saved: keep the folder it came from.
 
     Args:
         model: `MiniMindVForConditionalGeneration` or `MiniMindForCausalLM`, in evaluation mode.
@@ -61,5 +91,7 @@ def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
     for parent in [*model.get_decoder().modules(), model]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child.bias is None:
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, Int8Linear(child.weight))
+            elif type(child).__name__ == "MiniMindExperts":  # by name: a folder's own code has another class
+                setattr(parent, name, Int8Experts(child))
     return model.requires_grad_(False)

@@ -6,14 +6,14 @@ from conftest import MOE, make_model
 from torch import nn
 from transformers import CompileConfig
 
-from minimind_v_hf.quantization import MAX_KERNEL_ROWS, Int8Linear, quantize_int8
+from minimind_v_hf.quantization import MAX_KERNEL_ROWS, Int8Experts, Int8Linear, quantize_int8
 
 
 def test_weights_are_rounded_to_the_nearest_of_255_steps_of_each_row():
     linear = nn.Linear(4, 2, bias=False)
     # The largest weight of a row is 127 steps; 0.5 steps round to even
     linear.weight.data = torch.tensor([[127.0, -127.0, 1.4, 0.0], [0.25, -0.125, 0.0, 0.0]])
-    quantized = Int8Linear(linear)
+    quantized = Int8Linear(linear.weight)
     assert quantized.weight.tolist() == [[127, -127, 1, 0], [127, -64, 0, 0]]
     assert quantized.weight.dtype == torch.int8
     torch.testing.assert_close(quantized.scale.float(), torch.tensor([1.0, 0.25 / 127]), rtol=2**-8, atol=0)
@@ -22,14 +22,14 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_of_each_row():
 def test_a_row_of_zeros_stays_zero():
     linear = nn.Linear(8, 3, bias=False)
     linear.weight.data.zero_()
-    assert not Int8Linear(linear)(torch.randn(2, 8)).any()
+    assert not Int8Linear(linear.weight)(torch.randn(2, 8)).any()
 
 
 @pytest.mark.parametrize("rows", [1, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1])
 def test_the_product_is_that_of_the_rounded_weights(rows):
     torch.manual_seed(0)
     linear = nn.Linear(96, 40, bias=False)
-    quantized = Int8Linear(linear)
+    quantized = Int8Linear(linear.weight)
     x = torch.randn(rows, 1, 96)
     exact = x @ (quantized.weight.float() * quantized.scale.float()[:, None]).T
     output = quantized(x)
@@ -49,6 +49,7 @@ def test_the_decoder_and_the_head_are_rounded_and_nothing_else(variant):
     assert "lm_head" in rounded
     assert "model.language_model.layers.0.self_attn.q_proj" in rounded
     assert all(name == "lm_head" or name.startswith("model.language_model.layers.") for name in rounded)
+    assert ("model.language_model.layers.0.mlp.experts.down_proj.3" in rounded) == (variant is MOE)
     left = dict(model.named_parameters())
     assert "model.language_model.embed_tokens.weight" in left
     assert "model.multi_modal_projector.linear_1.weight" in left
@@ -56,8 +57,9 @@ def test_the_decoder_and_the_head_are_rounded_and_nothing_else(variant):
     assert all(torch.equal(parameter, before[name]) for name, parameter in left.items())
 
 
-def test_logits_stay_near_those_of_the_whole_weights():
-    model = make_model()
+@pytest.mark.parametrize("variant", [None, MOE], ids=["dense", "moe"])
+def test_logits_stay_near_those_of_the_whole_weights(variant):
+    model = make_model(variant)
     ids = torch.arange(10, 40)[None]
     with torch.no_grad():
         whole = model(ids).logits
@@ -65,8 +67,25 @@ def test_logits_stay_near_those_of_the_whole_weights():
     assert 0 < (rounded - whole).std() < 0.03 * whole.std()
 
 
-def test_compiled_decoding_gives_the_tokens_of_eager_decoding():
-    model = quantize_int8(make_model())
+def test_experts_give_what_the_rounded_weights_would():
+    experts = make_model(MOE).model.language_model.layers[0].mlp.experts
+    quantized = Int8Experts(experts)
+    for name in ("gate_up_proj", "down_proj"):
+        rounded = [layer.weight.float() * layer.scale.float()[:, None] for layer in getattr(quantized, name)]
+        getattr(experts, name).data = torch.stack(rounded)
+    x = torch.randn(5, experts.down_proj.shape[1])
+    index = torch.tensor([[0, 2], [2, 3], [3, 0], [2, 0], [0, 3]])  # nobody chooses expert 1
+    weights = torch.rand(5, 2)
+    with torch.no_grad():
+        expected, output = experts(x, index, weights), quantized(x, index, weights)
+        compiled = torch.compile(quantized, fullgraph=True)(x, index, weights)
+    assert (output - expected).abs().max() < 2**-6 * expected.abs().max()
+    assert (compiled - expected).abs().max() < 2**-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", [None, MOE], ids=["dense", "moe"])
+def test_compiled_decoding_gives_the_tokens_of_eager_decoding(variant):
+    model = quantize_int8(make_model(variant))
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     ids = torch.arange(10, 20)[None]
     eager = model.generate(ids, **options, disable_compile=True)

@@ -1,5 +1,7 @@
 """`transformers serve` and continuous batching: a real server process, asked by a real OpenAI client, and paged attention."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +15,11 @@ from minimind_v_hf import MiniMindForCausalLM, MiniMindVProcessor
 
 
 NEW_TOKENS = 6
+ENVIRONMENT = {"HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+
+
+def is_word(text: str) -> bool:
+    return text.isascii() and text.isalpha()
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +27,10 @@ def folder(tmp_path_factory):
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("serving") / "model"
     model, processor = make_model(MOE), make_processor()
-    # A random model would write image tokens and halves of characters, and end at once
+    # A random model would write image tokens, halves of characters and Markdown, and end at once
     tokenizer = processor.tokenizer
     special = set(tokenizer.all_special_ids)
-    model.generation_config.suppress_tokens = [i for i in range(320) if i in special or not tokenizer.decode([i]).isascii()]
+    model.generation_config.suppress_tokens = [i for i in range(320) if i in special or not is_word(tokenizer.decode([i]))]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -37,16 +44,25 @@ def server(folder):
         pytest.importorskip(package)
     code = "import sys; sys.modules['minimind_v_hf'] = None; from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-I", "-c", code, "serve", str(folder), "--trust-remote-code", "--device", "cpu"]
-    environment = {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": str(folder.parent / "cache")}
+    environment = ENVIRONMENT | {"HF_HOME": str(folder.parent / "cache")}
     with running_server([*command, "--host", "127.0.0.1"], "/health", folder.parent, environment) as address:
         yield f"{address}/v1"
+
+
+def greedy_answer(folder, question: str, images: list) -> tuple[int, str]:
+    """The length of the prompt and the answer, by `generate()`."""
+    model, processor = transformers.AutoModelForMultimodalLM.from_pretrained(folder), MiniMindVProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    length = inputs["input_ids"].shape[1]
+    return length, processor.decode(output[0, length:], skip_special_tokens=True)
 
 
 def test_an_openai_client_gets_the_greedy_tokens(server, folder):
     from openai import OpenAI
 
     client = OpenAI(base_url=server, api_key="none", timeout=120)
-    model, processor = transformers.AutoModelForMultimodalLM.from_pretrained(folder), MiniMindVProcessor.from_pretrained(folder)
     answers = set()
     for colours in ((), ("red",), ("blue",), ("red", "blue")):
         pictures = [{"type": "image_url", "image_url": {"url": image_url(colour)}} for colour in colours]
@@ -55,20 +71,27 @@ def test_an_openai_client_gets_the_greedy_tokens(server, folder):
         answer = client.chat.completions.create(**request)
         streamed = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True) if chunk.choices]
 
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": "<image>" * len(colours) + "What colour?"}], add_generation_prompt=True
-        )
         images = [make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)) for colour in colours]
-        inputs = processor(text=text, images=images or None, return_tensors="pt")
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-        expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        length, expected = greedy_answer(folder, "<image>" * len(colours) + "What colour?", images)
         assert answer.choices[0].message.content == expected
         assert answer.choices[0].finish_reason == "length"
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (inputs["input_ids"].shape[1], NEW_TOKENS)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, NEW_TOKENS)
         assert "".join(choice.delta.content or "" for choice in streamed) == expected
         assert streamed[-1].finish_reason == "length"
         answers.add(expected)
     assert len(answers) > 2  # the pictures matter
+
+
+def test_transformers_chat_prints_the_greedy_answer(server, folder):
+    flags = ["do_sample=False", f"max_new_tokens={NEW_TOKENS}"]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), server.removesuffix("/v1"), *flags]
+    # To be offline would forbid it any server
+    environment = os.environ | ENVIRONMENT | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder.parent / "cache")}
+    typed = "What colour?\nn\n!exit\n"  # the n: not to go on beyond the token limit
+    talk = subprocess.run(command, input=typed, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=240)
+    assert talk.returncode == 0, talk.stderr[-3000:]
+
+    assert greedy_answer(folder, "What colour?", [])[1] in talk.stdout
 
 
 @pytest.mark.parametrize("with_eyes", [False, True])
