@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from conversation import load_model
+from conversation import errors_in_one_line, load_model
 from figures import chinese_font
 from matplotlib.figure import Figure
 
@@ -127,10 +127,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("attention.png"), help="picture to write (default: %(default)s)")
     arguments = parser.parse_args()
 
-    model, processor = load_model(arguments.model, attn_implementation="eager")
+    if arguments.output.suffix.lower() != ".png" or arguments.output.is_dir():
+        parser.error(f"--output {arguments.output}: expected the name of a PNG file")
+
+    with errors_in_one_line(parser):
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        model, processor = load_model(arguments.model, attn_implementation="eager")
     content = [{"type": "image", "path": path} for path in arguments.image]
     content.append({"type": "text", "text": "\n" + arguments.question})
-    try:
+    with errors_in_one_line(parser):
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -139,8 +144,6 @@ def main() -> None:
             return_tensors="pt",
         ).to(model.device)
         looks = attention_maps(model, processor, inputs, arguments.max_new_tokens, arguments.layer)
-    except ValueError as error:
-        parser.error(str(error))
     if not looks:
         parser.exit(1, "The answer is empty: there is nothing to draw.\n")
     draw_looks(looks, pictures_as_seen(processor, inputs["pixel_values"]), arguments.question, arguments.output)

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
-from conversation import PRECISIONS, Answer, Conversation, load_model
+from conversation import PRECISIONS, Answer, Conversation, errors_in_one_line, load_model
 from transformers import TextStreamer
 
 
@@ -33,6 +33,15 @@ HELP = """\
 /help                this
 /quit, or Ctrl-D     leave
 Ctrl-C               stop the answer"""
+
+LIMITS = [
+    ("max_new_tokens", 1, 1_000_000),
+    ("temperature", 0.01, 100),
+    ("top_p", 0.01, 1),
+    ("top_k", 0, 1_000_000),
+    ("repetition_penalty", 0.01, 100),
+    ("seed", 0, 2**63 - 1),
+]
 
 # A quoted stretch, or a word in which a backslash escapes a blank: what terminals write for a dragged file
 WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""" if os.name == "posix" else r"""'[^']*'|"[^"]*"|\S+""")
@@ -45,8 +54,16 @@ def as_source(word: str) -> str:
     elif os.name == "posix" and not word.startswith(("http://", "https://")):
         word = re.sub(r"\\(.)", r"\1", word)
     if word.startswith("file://"):
-        word = unquote(urlparse(word).path)
+        word = unquote(url_path(word))
     return os.path.expanduser(word)
+
+
+def url_path(url: str) -> str:
+    """The path in a URL; of what is none, nothing."""
+    try:
+        return urlparse(url).path
+    except ValueError:
+        return ""
 
 
 def media_kind(source: str) -> str | None:
@@ -57,7 +74,7 @@ def media_kind(source: str) -> str | None:
             return None
     except ValueError:  # a null byte
         return None
-    kind = mimetypes.guess_type(urlparse(source).path if is_url else source, strict=False)[0] or ""
+    kind = mimetypes.guess_type(url_path(source) if is_url else source, strict=False)[0] or ""
     return kind.partition("/")[0] if kind.startswith(("image/", "video/")) else None
 
 
@@ -117,29 +134,38 @@ def talk(conversation: Conversation, **options) -> None:
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves.)", file=sys.stderr)
             continue
-        command, _, rest = line.partition(" ")
-        if command in ("/quit", "/exit"):
+        if line in ("/quit", "/exit"):
             return
-        if command == "/help":
-            print(HELP, file=sys.stderr)
-        elif command == "/reset":
-            conversation.reset()
-            print("[a new conversation]", file=sys.stderr)
-        elif command in ("/image", "/video"):
-            words = WORD.findall(rest)
-            if not words:
-                print(f"{command} needs a path or a URL.", file=sys.stderr)
-            for word in words:
-                attach(conversation, command[1:], as_source(word))
-        else:
-            question, media = split_line(line)
-            if not media and re.fullmatch(r"/[a-z]+", command):
-                print(f"There is no {command}: /help lists what there is.", file=sys.stderr)
-            elif not all(attach(conversation, kind, source) for kind, source in media):
-                conversation.detach()
-                print("So the question was not put, and no picture waits for one.", file=sys.stderr)
-            elif question:
-                answer(conversation, question, **options)
+        try:
+            obey(line, conversation, **options)
+        except KeyboardInterrupt:  # while a picture or a video was read
+            conversation.detach()
+            print("\n[stopped: no picture waits for a question]", file=sys.stderr)
+
+
+def obey(line: str, conversation: Conversation, **options) -> None:
+    """Follow a command, or put a question with the pictures that it names."""
+    command, _, rest = line.partition(" ")
+    if command == "/help":
+        print(HELP, file=sys.stderr)
+    elif command == "/reset":
+        conversation.reset()
+        print("[a new conversation]", file=sys.stderr)
+    elif command in ("/image", "/video"):
+        words = WORD.findall(rest)
+        if not words:
+            print(f"{command} needs a path or a URL.", file=sys.stderr)
+        for word in words:
+            attach(conversation, command[1:], as_source(word))
+    else:
+        question, media = split_line(line)
+        if not media and re.fullmatch(r"/[a-z]+", command):
+            print(f"There is no {command}: /help lists what there is.", file=sys.stderr)
+        elif not all(attach(conversation, kind, source) for kind, source in media):
+            conversation.detach()
+            print("So the question was not put, and no picture waits for one.", file=sys.stderr)
+        elif question:
+            answer(conversation, question, **options)
 
 
 def main() -> None:
@@ -151,10 +177,8 @@ def main() -> None:
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (default)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.9, help="sample among the likeliest of this share (default: %(default)s)"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens; 0 for any number (default)")
+    parser.add_argument("--top-p", type=float, help="with a temperature: sample among the likeliest of this share (0.9)")
+    parser.add_argument("--top-k", type=int, help="with a temperature: sample among so many tokens; 0, the default, among all")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, repeats less (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
     parser.add_argument(
@@ -165,17 +189,22 @@ def main() -> None:
         "which may now and then change a word",
     )
     arguments = parser.parse_args()
+    options = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
+    if arguments.temperature:
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options["top_p"] = 0.9 if arguments.top_p is None else arguments.top_p
+        options["top_k"] = arguments.top_k or 0
+    elif arguments.top_p is not None or arguments.top_k is not None:
+        parser.error("--top-p and --top-k are for sampling: give a --temperature too")
+    for name, low, high in LIMITS:
+        value = {**options, "seed": arguments.seed}.get(name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    options = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
-    if arguments.temperature > 0:
-        options |= {"do_sample": True, "temperature": arguments.temperature}
-        options |= {"top_p": arguments.top_p, "top_k": arguments.top_k}
 
-    try:
+    with errors_in_one_line(parser):
         conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
-    except (OSError, ValueError, ImportError) as error:
-        parser.error(str(error))
     media = [("image", source) for source in arguments.image] + [("video", source) for source in arguments.video]
     if not all(attach(conversation, kind, source) for kind, source in media):
         sys.exit(2)

@@ -5,9 +5,13 @@ that it shares with those in the cache are kept. So each picture passes the enco
 conversation without a cache. `chat.py` and `web_demo.py` talk through this.
 """
 
+import argparse
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +45,7 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
 
     Raises:
         ImportError: "int8" without the package.
+        ValueError: there is no such model, or it cannot be loaded, with the reason.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantize, fast_bf16 = None, False
@@ -54,11 +59,24 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
             raise ImportError("int8 weights need the package minimind_v_hf: pip install -e . where it lies") from None
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "int8" if quantize else "float32"
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and fast_bf16) else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **kwargs)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        missing = "" if Path(folder).is_dir() else "there is no such folder, and on the Hub: "
+        raise ValueError(f"Cannot load the model {folder!r}: {missing}{error}") from error
     model = model.to(device).eval()
     return (quantize(model) if precision == "int8" else model), processor
+
+
+@contextlib.contextmanager
+def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End a program with its usage and the reason, where the reason is what it was given."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
 
 
 @dataclass
@@ -164,6 +182,7 @@ class Conversation:
         Raises:
             ValueError: the conversation is longer than the model's positions. It is then as it was before the question.
         """
+        question = question.encode(errors="replace").decode()  # what was typed may not be text
         # Pictures as in the training data: in front, then a line break
         content: list[dict] = [{"type": "image"}] * len(self._attached)
         content.append({"type": "text", "text": ("\n" if content else "") + question})

@@ -19,6 +19,7 @@ code. BLEU needs sacrebleu, the sheet matplotlib, and --int8 this package.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversation import load_model
+from conversation import errors_in_one_line, load_model
+from PIL import Image
 from tqdm import tqdm
 
 
@@ -97,10 +99,11 @@ def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
     """The rows of a data set.
 
     Raises:
-        ValueError: a row is of another form, or a picture is missing; the message names the line.
+        ValueError: a row is of another form, or a picture is missing or cannot be read; the message names the line.
     """
-    rows = []
-    with open(data, encoding="utf-8") as file:
+    rows: list[dict[str, Any]] = []
+    line_of: dict[str, int] = {}  # of each picture's first row
+    with open(data, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -109,8 +112,11 @@ def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
                 roles = [message["role"] for message in row["conversations"]]
                 contents = [message["content"] for message in row["conversations"]]
                 names = picture_names(row)
+                json.dumps(row, ensure_ascii=False).encode()  # halves of characters could be neither asked nor written
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{data}, line {number}: not a row in the MiniMind-V format ({error!r})") from error
+            if unknown := [role for role in roles if role not in ("system", "user", "assistant", "tool")]:
+                raise ValueError(f"{data}, line {number}: no message can have the role {unknown[0]!r}")
             if len(roles) < 2 or roles[-1] != "assistant":
                 raise ValueError(f"{data}, line {number}: expected a question, and last the assistant's right answer")
             placeholders = sum(str(content).count("<image>") for content in contents[:-1])
@@ -122,11 +128,21 @@ def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{data}, line {number}: expected text as every message's content")
             if row.get("choices") is None:
                 row.pop("choices", None)
+            if not isinstance(row.get("choices", []), list) or not all(isinstance(one, str) for one in row.get("choices", [])):
+                raise ValueError(f"{data}, line {number}: expected a list of texts as choices, got {row['choices']!r}")
             if "choices" in row and contents[-1] not in row["choices"]:
                 raise ValueError(f"{data}, line {number}: the right answer {contents[-1]!r} is not among its choices")
+            for name in names:
+                line_of.setdefault(name, number)
             rows.append(row)
     if not rows:
         raise ValueError(f"{data} has no rows")
+    for name, number in tqdm(line_of.items(), desc="Looking at the pictures", unit="picture", delay=2):
+        try:
+            with Image.open(images / name) as picture:
+                picture.load()
+        except Exception as error:  # each decoder has its own ways to fail on damaged bytes
+            raise ValueError(f"{data}, line {number}: {images / name} cannot be read ({error})") from error
     return rows
 
 
@@ -134,22 +150,27 @@ def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[st
     """The answers that an interrupted run of the same settings left, and a file that ends with them."""
     done = []
     if unfinished.exists():
-        lines = unfinished.read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(unfinished, encoding="utf-8") as file:  # splitlines() would also split at separators within a text
+            lines = list(file)
         if lines and lines[0] == json.dumps(settings) + "\n":
             done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]  # the last may be half a line
             print(f"{len(done)} of {len(rows)} questions were answered before.", file=sys.stderr)
         else:
-            print(f"{unfinished} is of another model, data set or length: starting anew.", file=sys.stderr)
+            print(f"{unfinished} is of another model, data set, pictures or length: starting anew.", file=sys.stderr)
     rest = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
     unfinished.write_text(json.dumps(settings) + "\n" + rest, encoding="utf-8")
     return done
 
 
-def fingerprint(path: str | Path) -> list:
-    """Tells a file or folder from what it is after a change."""
-    path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    return [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
+def fingerprint(*paths: Path) -> str:
+    """Tells files, and the files of folders, from what they are after a change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(str(path).encode(errors="surrogateescape"))
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,23 +236,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens: expected 1 or more")
-    for path in (arguments.data, arguments.images):
-        if not path.exists():
-            parser.error(f"there is no {path}")
-    try:
+    if not arguments.data.is_file() or not arguments.images.is_dir():
+        parser.error(f"expected a file and a folder: --data {arguments.data} --images {arguments.images}")
+    if arguments.output.is_dir() or (arguments.output.exists() and arguments.output.samefile(arguments.data)):
+        parser.error(f"--output {arguments.output}: expected the name of a new file")
+
+    # ── Questions and model ──
+    with errors_in_one_line(parser):
         rows = read_rows(arguments.data, arguments.images)
-    except ValueError as error:
-        parser.error(str(error))
-
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-
-    # ── Model ──
-    model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
-    settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data)}
+    settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
+    settings["images"] = fingerprint(*(arguments.images / name for row in rows for name in picture_names(row)))
     settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8}
-    unfinished = arguments.output.with_suffix(".part")
+    unfinished = arguments.output.with_name(arguments.output.name + ".part")
     done = finished_rows(unfinished, settings, rows)
     with (
         open(unfinished, "a", encoding="utf-8") as file,
@@ -244,7 +264,7 @@ def main() -> None:
             file.flush()
             done += results
             progress.update(len(batch))
-    whole = arguments.output.with_suffix(".whole")
+    whole = arguments.output.with_name(arguments.output.name + ".whole")
     whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), encoding="utf-8")
     whole.replace(arguments.output)
     unfinished.unlink()

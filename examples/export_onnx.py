@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conversation import load_model
+from conversation import errors_in_one_line, load_model
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache, GenerationConfig
@@ -153,7 +153,8 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what other models would lack
-    model, processor = load_model(arguments.model)
+    with errors_in_one_line(parser):
+        model, processor = load_model(arguments.model)
     model.cpu()
     export(model, arguments.output)
     processor.save_pretrained(arguments.output)

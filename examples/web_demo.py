@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chat import media_kind
-from conversation import Conversation, load_model
+from conversation import Conversation, errors_in_one_line, load_model
 from transformers import TextIteratorStreamer
 
 from shapes import all_scenes, draw
@@ -163,7 +163,7 @@ def forget(talk: Talk | None) -> tuple:
     return [], Talk(), gr.update(value=None, submit_btn=True, stop_btn=False), ""
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def load_once(folder: str):
     return load_model(folder, "auto")
 
@@ -230,12 +230,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
     arguments = parser.parse_args()
-    load_once(arguments.model[0])  # a wrong folder shows now, and the first visitor does not wait
-    with tempfile.TemporaryDirectory() as folder:
-        build(arguments.model, draw_examples(Path(folder))).launch(
+    with errors_in_one_line(parser):  # a wrong folder shows now, and no visitor waits
+        for folder in arguments.model:
+            load_once(folder)
+    with tempfile.TemporaryDirectory() as examples:
+        build(arguments.model, draw_examples(Path(examples))).launch(
             server_name=arguments.host,
             server_port=arguments.port,
-            allowed_paths=[folder],
+            allowed_paths=[examples],
             i18n=TEXTS,
             css=CSS,
             theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),

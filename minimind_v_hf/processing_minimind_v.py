@@ -380,11 +380,12 @@ def _is_video(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, bytes)) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 4)
 
 
-def _name(source: Any) -> str:
-    return f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
-
-
-_COUNTED = "(Both counted from 0.)"
+def _unreadable(kind: str, sample: int, index: int, source: Any, reason: Exception, is_only: bool) -> ValueError:
+    """Says which picture or video cannot be read, and why."""
+    name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
+    if is_only:
+        return ValueError(f"Cannot read the {kind}{name}: {reason}.")
+    return ValueError(f"Cannot read {kind} {index} of sample {sample}{name}: {reason}. (Both counted from 0.)")
 
 
 # ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -548,7 +549,7 @@ class MiniMindVProcessor(ProcessorMixin):
             try:
                 loaded.append(load_video(source, options.get("num_frames") or MAX_NUM_FRAMES))
             except ValueError as error:
-                raise ValueError(f"Cannot read video {index} of sample {sample}{_name(source)}: {error}. {_COUNTED}") from error
+                raise _unreadable("video", sample, index, source, error, len(samples) == 1) from error
         return loaded
 
     def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
@@ -569,7 +570,7 @@ class MiniMindVProcessor(ProcessorMixin):
             try:
                 loaded.append(load_image(source))
             except ValueError as error:
-                raise ValueError(f"Cannot read image {index} of sample {sample}{_name(source)}: {error}. {_COUNTED}") from error
+                raise _unreadable("image", sample, index, source, error, len(samples) == 1) from error
         return loaded
 
     def _by_sample(

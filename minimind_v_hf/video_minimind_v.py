@@ -7,6 +7,9 @@ This file is copied into every saved model folder. It depends on Pillow alone un
 """
 
 import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -20,8 +23,9 @@ MAX_FRAME_PIXELS = 7680 * 4320
 
 _ENOUGH_PIXELS = 512  # on the shorter side: larger frames are shrunk at once, by a whole number, so that many fit into memory
 
-# Without playlists, which could make the decoder open other files and addresses, and without single pictures
-_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,flv,asf,ogg,gif,apng"
+# Without playlists, which could make the decoder open other files and addresses, without single pictures, and without raw
+# streams, which have no times
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng"
 
 
 def sample_uniformly(count: int, maximum: int) -> list[int]:
@@ -58,6 +62,8 @@ def read_video(file: str | os.PathLike | BinaryIO, max_frames: int = MAX_NUM_FRA
                 raise ValueError(f"frames of {stream.width}x{stream.height} exceed the limit of {MAX_FRAME_PIXELS} pixels")
             stream.thread_type = "AUTO"
             times, keyframes = _scan(container, stream)
+            if container.format.name == "mpeg":
+                keyframes = []  # no seeking: the frames behind would have their neighbours' times
             seconds = _first_of_each_second([float((time - times[0]) * stream.time_base) for time in times])
             wanted = [times[seconds[i]] for i in sample_uniformly(len(seconds), max_frames)]
             return _decode(container, stream, wanted, keyframes)
@@ -109,12 +115,11 @@ def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]
     position = None  # of the frame decoded last
     frames: Any = iter(())
     for time in wanted:
-        start = max((keyframe for keyframe in keyframes if keyframe <= time), default=None)
-        if position is None or (start is not None and start > position):
-            container.seek(time, stream=stream)
-            frames = container.decode(stream)
+        start = bisect_right(keyframes, time)
+        if position is None or (start and keyframes[start - 1] > position):
+            frames = _frames_from_before(time, container, stream, keyframes)
         for frame in frames:
-            position = frame.dts if frame.pts is None else frame.pts
+            position = _time(frame)
             if position is None or position >= time:
                 images.append(_to_image(frame))
                 break
@@ -122,6 +127,29 @@ def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]
             second = float(time * stream.time_base)
             raise ValueError(f"the file is damaged: its frame at {second:.1f} s cannot be decoded")
     return images
+
+
+def _frames_from_before(time: int, container: Any, stream: Any, keyframes: list[int]) -> Iterator[Any]:
+    """The frames from the last keyframe before a time on, or from an earlier one.
+
+    FFmpeg may land behind the keyframe that it is told to seek, in MPEG streams above all, which have no index.
+    """
+    back = 0
+    before = bisect_right(keyframes, time)
+    while True:
+        if back < before:
+            container.seek(keyframes[before - 1 - back], stream=stream)
+        else:
+            container.seek(0)
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if back >= before or (first is not None and (_time(first) or 0) <= time):
+            return chain(() if first is None else (first,), frames)
+        back = 2 * back + 1
+
+
+def _time(frame: Any) -> int | None:
+    return frame.dts if frame.pts is None else frame.pts
 
 
 def _to_image(frame: Any) -> Image.Image:

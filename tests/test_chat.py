@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat import split_line
+from chat import main, split_line
 from conftest import MOE, make_image, make_model, make_processor
 from conversation import Conversation
 from transformers import TextIteratorStreamer
@@ -117,6 +118,7 @@ def test_lines_as_people_type_and_terminals_paste_them(tmp_path):
         "see https://example.org/ and nowhere.jpg": ("see https://example.org/ and nowhere.jpg", []),
         "左上的图形是什么颜色？": ("左上的图形是什么颜色？", []),
         "two\\": ("two\\", []),
+        "look http://[bad/a.jpg file://[x/a.jpg": ("look http://[bad/a.jpg file://[x/a.jpg", []),
     }
     for line, expected in cases.items():
         assert split_line(line) == expected, line
@@ -171,6 +173,39 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     process.stdin.close()
     assert "Ctrl-C" in process.stderr.read()
     assert process.wait(60) == 0
+
+
+def test_ctrl_c_stops_a_download_and_not_the_program(folder):
+    process = start(folder, "--max-new-tokens", "3")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the request, and never answers
+        process.stdin.write(f"/image http://127.0.0.1:{silent.getsockname()[1]}/a.png\n")
+        process.stdin.flush()
+        silent.accept()[0].recv(100)
+        process.send_signal(signal.SIGINT)
+        process.stdin.buffer.write(b"Is \xff\xfe text?\n")
+        _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert "[stopped: no picture waits for a question]" in log
+    assert "[3 tokens, the first after" in log  # and it goes on, also with what is no text
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0: expected 0.01 to 100"),
+        (["--temperature", "nan"], "--temperature nan: expected 0.01 to 100"),
+        (["--top-k", "5"], "--top-p and --top-k are for sampling: give a --temperature too"),
+        (["--temperature", "1", "--top-p", "2"], "--top-p 2.0: expected 0.01 to 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 to 1000000"),
+        (["--seed", "-1"], "--seed -1: expected 0 to 9223372036854775807"),
+        ([], "Cannot load the model 'nowhere': there is no such folder"),
+    ],
+)
+def test_wrong_options_are_one_line(monkeypatch, capsys, options, error):
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", "nowhere", *options])
+    with pytest.raises(SystemExit):
+        main()
+    assert error in capsys.readouterr().err
 
 
 def test_sampling_is_random_and_repeatable(processor):

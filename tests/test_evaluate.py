@@ -1,5 +1,6 @@
 """Measuring a model: figures checked by hand, likelihoods against one prompt at a time, and a run that is cut short."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -97,23 +98,58 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     assert Path("whole_errors.png").read_bytes().startswith(b"\x89PNG")
 
     # As if the power had failed in the middle of the fourth line
-    settings = {"model": fingerprint("model"), "data": fingerprint("data.jsonl"), "length": 4, "int8": False}
-    first = json.dumps({**rows[0], "answer": "from before"}) + "\n"
-    Path("rest.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])
+    pictures = [Path("images", row["image"]) for row in rows[:5]]
+    settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*pictures)}
+    settings |= {"length": 4, "int8": False}
+    # Some separators of lines may stand in a text
+    first = json.dumps({**rows[0], "answer": "from\u2028before\x85"}, ensure_ascii=False) + "\n"
+    Path("rest.jsonl.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])
     command = [sys.executable, str(EVALUATE), *options, "--output", "rest.jsonl"]
     rest = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert rest.returncode == 0, rest.stderr[-2000:]
     assert "3 of 6 questions were answered before" in rest.stderr
-    expected = [{**rows[0], "answer": "from before"}, *rows[1:]]
-    assert [json.loads(line) for line in Path("rest.jsonl").read_text().splitlines()] == expected
-    assert not Path("rest.part").exists()
+    expected = [{**rows[0], "answer": "from\u2028before\x85"}, *rows[1:]]
+    assert [json.loads(line) for line in Path("rest.jsonl").read_text().split("\n")[:-1]] == expected
+    assert not Path("rest.jsonl.part").exists()
+
+
+def test_changed_files_are_noticed(tmp_path):
+    (tmp_path / "model").mkdir()
+    make_image("red").save(tmp_path / "a.png")
+    before = fingerprint(tmp_path / "model"), fingerprint(tmp_path / "a.png")
+    make_image("blue").save(tmp_path / "a.png")
+    (tmp_path / "model" / "weights").touch()
+    assert fingerprint(tmp_path / "model") != before[0]
+    assert fingerprint(tmp_path / "a.png") != before[1]
+    assert fingerprint(tmp_path / "model") == fingerprint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"--output": "data.jsonl"}, "--output data.jsonl: expected the name of a new file"),
+        ({"--output": "images"}, "--output images: expected the name of a new file"),
+        ({"--data": "images"}, "expected a file and a folder: --data images"),
+        ({"--model": "nowhere"}, "Cannot load the model 'nowhere': there is no such folder"),
+        ({"--batch-size": "0"}, "expected 1 or more"),
+    ],
+)
+def test_wrong_arguments_are_one_line(data_set, monkeypatch, capsys, options, error):
+    monkeypatch.chdir(data_set)
+    options = {"--model": "model", "--data": "data.jsonl", "--images": "images", "--output": "never.jsonl"} | options
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *itertools.chain(*options.items())])
+    before = Path("data.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        main()
+    assert error in capsys.readouterr().err
+    assert Path("data.jsonl").read_bytes() == before
 
 
 def test_answers_of_another_model_are_not_taken_over(tmp_path, capsys):
     unfinished = tmp_path / "a.part"
     unfinished.write_text('{"model": 1}\n{"answer": "old"}\n')
     assert finished_rows(unfinished, {"model": 2}, [{}, {}]) == []
-    assert "another model, data set or length" in capsys.readouterr().err
+    assert "another model, data set, pictures or length" in capsys.readouterr().err
     assert unfinished.read_text() == '{"model": 2}\n'
 
 
@@ -136,11 +172,30 @@ def test_answers_of_another_model_are_not_taken_over(tmp_path, capsys):
             '{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "choices": ["b"]}',
             "line 2: the right answer 'a' is not among its choices",
         ),
+        (
+            '{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "choices": "abc"}',
+            "line 2: expected a list of texts as choices, got 'abc'",
+        ),
+        (
+            '{"conversations": [{"role": "bot", "content": "?"}, {"role": "assistant", "content": "a"}]}',
+            "line 2: no message can have the role 'bot'",
+        ),
+        (
+            '{"conversations": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
+            "line 2: not a row .*surrogates not allowed",
+        ),
+        (
+            '{"image": "broken.png", "conversations": [{"role": "user", "content": "<image>"},'
+            ' {"role": "assistant", "content": "a"}]}',
+            "line 2: .*broken.png cannot be read",
+        ),
     ],
 )
 def test_bad_rows_are_named_before_any_work(line, error, tmp_path):
     good = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
     (tmp_path / "data.jsonl").write_text(good + line + "\n")
+    make_image().save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=error):
         read_rows(tmp_path / "data.jsonl", tmp_path)
 

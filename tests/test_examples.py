@@ -49,7 +49,7 @@ def test_chat_answers_about_a_picture(quickstart):
     assert done.returncode == 0, done.stderr[-2000:]
     missing = run("chat.py", *options, "--image", "nowhere.jpg", "How many?")
     assert missing.returncode == 2
-    assert "Cannot read image 0 of sample 0 (nowhere.jpg): there is no such file" in missing.stderr
+    assert "Cannot read the image (nowhere.jpg): there is no such file" in missing.stderr
 
 
 @pytest.mark.parametrize(

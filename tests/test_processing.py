@@ -260,7 +260,7 @@ def test_url(processor):
     address = f"http://127.0.0.1:{server.server_port}"
     try:
         assert load_image(f"{address}/red.png").getpixel((0, 0)) == (255, 0, 0)
-        with pytest.raises(ValueError, match=r"Cannot read image 0 of sample 0 \(http.*404"):
+        with pytest.raises(ValueError, match=r"Cannot read the image \(http.*404"):
             processor(text="<image>", images=f"{address}/missing.png")
     finally:
         server.shutdown()

@@ -26,19 +26,20 @@ def grey(number: int) -> int:
     return GREYS * (number % 20)
 
 
-def write_video(path, times, size=(64, 48), codec="mpeg4", options=None):
+def write_video(path, times, size=(64, 48), codec="mpeg4", options=None, keyframe_distance=15):
     """A video whose frames, at these times in seconds, have the greys of their numbers, with a red top left corner."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=30)
+        stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.gop_size = 15
-        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        stream.codec_context.gop_size, stream.bit_rate = keyframe_distance, 2_000_000
+        if codec != "mpeg2video":  # which knows no other unit than its frames
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for number, time in enumerate(times):
             pixels = np.full((size[1], size[0], 3), grey(number), np.uint8)
             pixels[: size[1] // 2, : size[0] // 2] = (255, 0, 0)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = round(time * 1000), stream.codec_context.time_base
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -72,6 +73,19 @@ def test_one_frame_a_second(name, tmp_path):
     frames = read_video(write_video(tmp_path / name, [i / 30 for i in range(100)]))
     assert greys(frames) == expected([0, 30, 60, 90])
     assert all(frame.size == (64, 48) and frame.mode == "RGB" for frame in frames)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.ts", "mpeg2video"), ("a.mpg", "mpeg2video")])
+@pytest.mark.parametrize("keyframe_distance", [50, 120])
+def test_seeking_in_streams_without_an_index(name, codec, keyframe_distance, tmp_path):
+    """FFmpeg lands behind the keyframe that it seeks in these."""
+    av = pytest.importorskip("av")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    times = [i / 25 for i in range(253)]
+    path = write_video(tmp_path / name, times, codec=codec, keyframe_distance=keyframe_distance)
+    assert greys(read_video(path)) == expected(range(0, 253, 25))
+    assert greys(read_video(path, max_frames=2)) == expected([50, 200])
 
 
 def test_a_long_video_is_sampled_uniformly(tmp_path):
