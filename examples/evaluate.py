@@ -95,6 +95,41 @@ def picture_names(row: dict[str, Any]) -> list[str]:
     return [name.strip() for name in (row.get("image") or "").split(",") if name.strip()]
 
 
+def parse_row(line: bytes, images: Path) -> dict[str, Any]:
+    """A line of a data set.
+
+    Raises:
+        ValueError: it is of another form, or a picture is missing.
+    """
+    try:
+        row = json.loads(line)
+        roles = [message["role"] for message in row["conversations"]]
+        contents = [message["content"] for message in row["conversations"]]
+        names = picture_names(row)
+        json.dumps(row, ensure_ascii=False).encode()  # halves of characters could be neither asked nor written
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a row in the MiniMind-V format ({error!r})") from error
+    if unknown := [role for role in roles if role not in ("system", "user", "assistant", "tool")]:
+        raise ValueError(f"no message can have the role {unknown[0]!r}")
+    if len(roles) < 2 or roles[-1] != "assistant":
+        raise ValueError("expected a question, and last the assistant's right answer")
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError("expected text as every message's content")
+    placeholders = sum(content.count("<image>") for content in contents[:-1])
+    if placeholders != len(names):
+        raise ValueError(f"{placeholders} <image> placeholders, but {len(names)} pictures")
+    if missing := [name for name in names if not (images / name).is_file()]:
+        raise ValueError(f"there is no {images / missing[0]}")
+    choices = row.pop("choices", None)
+    if choices is not None:
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"expected a list of texts as choices, got {choices!r}")
+        if contents[-1] not in choices:
+            raise ValueError(f"the right answer {contents[-1]!r} is not among its choices")
+        row["choices"] = choices
+    return row
+
+
 def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
     """The rows of a data set.
 
@@ -108,33 +143,11 @@ def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                roles = [message["role"] for message in row["conversations"]]
-                contents = [message["content"] for message in row["conversations"]]
-                names = picture_names(row)
-                json.dumps(row, ensure_ascii=False).encode()  # halves of characters could be neither asked nor written
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{data}, line {number}: not a row in the MiniMind-V format ({error!r})") from error
-            if unknown := [role for role in roles if role not in ("system", "user", "assistant", "tool")]:
-                raise ValueError(f"{data}, line {number}: no message can have the role {unknown[0]!r}")
-            if len(roles) < 2 or roles[-1] != "assistant":
-                raise ValueError(f"{data}, line {number}: expected a question, and last the assistant's right answer")
-            placeholders = sum(str(content).count("<image>") for content in contents[:-1])
-            if placeholders != len(names):
-                raise ValueError(f"{data}, line {number}: {placeholders} <image> placeholders, but {len(names)} pictures")
-            if missing := [name for name in names if not (images / name).is_file()]:
-                raise ValueError(f"{data}, line {number}: there is no {images / missing[0]}")
-            if not all(isinstance(content, str) for content in contents):
-                raise ValueError(f"{data}, line {number}: expected text as every message's content")
-            if row.get("choices") is None:
-                row.pop("choices", None)
-            if not isinstance(row.get("choices", []), list) or not all(isinstance(one, str) for one in row.get("choices", [])):
-                raise ValueError(f"{data}, line {number}: expected a list of texts as choices, got {row['choices']!r}")
-            if "choices" in row and contents[-1] not in row["choices"]:
-                raise ValueError(f"{data}, line {number}: the right answer {contents[-1]!r} is not among its choices")
-            for name in names:
+                rows.append(parse_row(line, images))
+            except ValueError as error:
+                raise ValueError(f"{data}, line {number}: {error}") from error
+            for name in picture_names(rows[-1]):
                 line_of.setdefault(name, number)
-            rows.append(row)
     if not rows:
         raise ValueError(f"{data} has no rows")
     for name, number in tqdm(line_of.items(), desc="Looking at the pictures", unit="picture", delay=2):
