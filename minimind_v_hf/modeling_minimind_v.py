@@ -36,11 +36,14 @@ from transformers.modeling_outputs import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 # ── The decoder ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -503,9 +506,9 @@ def _head(model, outputs, labels, logits_to_keep, skip_logits, **kwargs):
     if _is_ours(text_config) and outputs.router_logits:
         routers_hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
         if routers_hidden and model.training and model.is_gradient_checkpointing:
-            raise ValueError(
-                "The load-balancing loss has no gradient, since reentrant gradient checkpointing hides the routers. "
-                "Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+            logger.warning_once(
+                "The experts are not balanced: the load-balancing loss has no gradient, since reentrant gradient checkpointing "
+                "hides the routers. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         aux_loss = load_balancing_loss(outputs.router_logits, hidden_states.shape[0], text_config)
         if loss is not None and model.training:

@@ -502,8 +502,10 @@ class MiniMindVProcessor(ProcessorMixin):
         if videos is not None:
             videos = self._load_videos(videos, self._count(text, VIDEO_PLACEHOLDER), kwargs)
             images = self._in_order(text, images or [], videos)
-        else:
+        elif images is None:
             self._refuse_placeholders(text, VIDEO_PLACEHOLDER, "video")
+        elif any(self._count(text, VIDEO_PLACEHOLDER) or []):  # transformers' processors let it pass beside images
+            logger.warning("There are <video> placeholders, but no videos were passed: they stay text.")
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     @staticmethod

@@ -385,12 +385,12 @@ def test_experts_loop_is_the_sum_over_chosen_experts():
     assert_same(experts(x, index, weights), expected, atol=1e-4)
 
 
-def test_reentrant_checkpointing_cannot_balance_experts():
+def test_reentrant_checkpointing_cannot_balance_experts_and_says_so(caplog):
     model = make_model(MOE).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     input_ids = prompt(model, 8, images=0)
-    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
-        model(input_ids, labels=input_ids)
+    model(input_ids, labels=input_ids)
+    assert "Pass gradient_checkpointing_kwargs={'use_reentrant': False}" in caplog.text
 
 
 def test_missing_encoder_weights_are_initialised_as_the_encoder_wants(tmp_path):

@@ -202,6 +202,12 @@ def test_videos_and_placeholders_must_match(processor, text, videos, error):
         processor(text=text, videos=videos)
 
 
+def test_a_placeholder_beside_pictures_alone_stays_text(processor):
+    outputs = processor(text="<image>a <video>", images=make_image(), return_tensors="pt")
+    assert processor.decode(outputs["input_ids"][0]).endswith("a <video>")
+    assert len(outputs["pixel_values"]) == 1
+
+
 def test_bad_files_are_named(processor, clip, tmp_path):
     whole = write_video(tmp_path / "whole.mp4", [i / 10 for i in range(50)], options={"movflags": "faststart"}).read_bytes()
     cut = write_video(tmp_path / "whole.mkv", [i / 10 for i in range(50)]).read_bytes()
