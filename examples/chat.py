@@ -134,7 +134,7 @@ def talk(conversation: Conversation, **options) -> None:
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves.)", file=sys.stderr)
             continue
-        if line in ("/quit", "/exit"):
+        if line.partition(" ")[0] in ("/quit", "/exit"):
             return
         try:
             obey(line, conversation, **options)

@@ -115,9 +115,9 @@ def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]
     position = None  # of the frame decoded last
     frames: Any = iter(())
     for time in wanted:
-        start = bisect_right(keyframes, time)
-        if position is None or (start and keyframes[start - 1] > position):
-            frames = _frames_from_before(time, container, stream, keyframes)
+        earlier = keyframes[: bisect_right(keyframes, time)]
+        if position is None or (earlier and earlier[-1] > position):
+            frames = _frames_from_before(time, container, stream, earlier)
         for frame in frames:
             position = _time(frame)
             if position is None or position >= time:
@@ -129,21 +129,20 @@ def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]
     return images
 
 
-def _frames_from_before(time: int, container: Any, stream: Any, keyframes: list[int]) -> Iterator[Any]:
-    """The frames from the last keyframe before a time on, or from an earlier one.
+def _frames_from_before(time: int, container: Any, stream: Any, earlier: list[int]) -> Iterator[Any]:
+    """The frames from the last of the keyframes before a time on, or from one before that.
 
     FFmpeg may land behind the keyframe that it is told to seek, in MPEG streams above all, which have no index.
     """
     back = 0
-    before = bisect_right(keyframes, time)
     while True:
-        if back < before:
-            container.seek(keyframes[before - 1 - back], stream=stream)
+        if back < len(earlier):
+            container.seek(earlier[-1 - back], stream=stream)
         else:
             container.seek(0)
         frames = container.decode(stream)
         first = next(frames, None)
-        if back >= before or (first is not None and (_time(first) or 0) <= time):
+        if back >= len(earlier) or (first is not None and (_time(first) or 0) <= time):
             return chain(() if first is None else (first,), frames)
         back = 2 * back + 1
 

@@ -202,10 +202,11 @@ def test_videos_and_placeholders_must_match(processor, text, videos, error):
         processor(text=text, videos=videos)
 
 
-def test_a_placeholder_beside_pictures_alone_stays_text(processor):
+def test_a_placeholder_beside_pictures_alone_stays_text(processor, caplog):
     outputs = processor(text="<image>a <video>", images=make_image(), return_tensors="pt")
     assert processor.decode(outputs["input_ids"][0]).endswith("a <video>")
     assert len(outputs["pixel_values"]) == 1
+    assert "no videos were passed: they stay text" in caplog.text
 
 
 def test_bad_files_are_named(processor, clip, tmp_path):
