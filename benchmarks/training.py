@@ -34,11 +34,9 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers import __version__ as transformers_version
 
 from minimind_v_hf import MiniMindVProcessor
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from minimind_v_hf.features import CachedFeaturesCollator, encode_images
 from minimind_v_hf.metering import has_fast_bf16, matmul_rate, training_flops
-from minimind_v_hf.packing import pack
 from minimind_v_hf.recipe import native_recipe
 from minimind_v_hf.training import MiniMindVTrainer, freeze
 

@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
 from minimind_v_hf.processing_minimind_v import build_chat_template
 from shapes import IMAGE_SIZE, write_data_set
 

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .collator import MiniMindVCollator
-from .images import file_state
+from .data import MiniMindVCollator
+from .data.images import file_state
 from .metering import is_frozen
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
 from .training import encoder_digest

@@ -25,13 +25,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
-from .collator import MiniMindVCollator
 from .configuration_minimind_v import MiniMindVConfig
-from .data import DataReport, load_conversations, tokenize_conversations
+from .data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from .features import CachedFeaturesCollator, encode_images
 from .metering import has_fast_bf16
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
-from .packing import pack
 from .processing_minimind_v import MiniMindVProcessor
 from .training import TRAINABLE
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .images import read_image
+from .data.images import read_image
 from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
 
 

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .collator import PixelNormalizer
+from .data import PixelNormalizer
 from .metering import StepMeter, is_frozen
 from .modeling_minimind_v import MiniMindVForConditionalGeneration
 

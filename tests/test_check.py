@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_image, make_processor
 
-from minimind_v_hf.check import main
+from minimind_v_hf.data.check import main
 
 
 def chat(question: str, answer: str = "red", **row) -> str:

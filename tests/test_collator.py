@@ -11,9 +11,7 @@ from PIL import Image
 from transformers import SiglipImageProcessorPil, Trainer, TrainingArguments
 
 from minimind_v_hf import MiniMindVProcessor
-from minimind_v_hf.collator import MiniMindVCollator, PixelNormalizer
-from minimind_v_hf.data import tokenize_conversations
-from minimind_v_hf.packing import group_by_fit, pack
+from minimind_v_hf.data import MiniMindVCollator, PixelNormalizer, group_by_fit, pack, tokenize_conversations
 
 
 COLOURS = ["red", "blue", "lime"]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, tokenize_conversations
-from minimind_v_hf.images import read_image
+from minimind_v_hf.data.images import read_image
 
 
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2

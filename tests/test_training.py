@@ -28,11 +28,9 @@ from transformers.trainer_callback import TrainerCallback
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
 from minimind_v_hf import modeling_minimind_v as modeling
-from minimind_v_hf.collator import MiniMindVCollator
-from minimind_v_hf.data import load_conversations, tokenize_conversations
+from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from minimind_v_hf.features import CachedFeaturesCollator, encode_images
 from minimind_v_hf.metering import matmul_rate, training_flops
-from minimind_v_hf.packing import pack
 from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_data, load_start, native_recipe, parse_arguments
 from minimind_v_hf.reporting import SampleSheet
 from minimind_v_hf.training import TRAINABLE, MiniMindVTrainer, freeze, load_checkpoint, parameter_table
@@ -627,7 +625,7 @@ def test_streaming_is_split_without_repeats(launch, tmp_path):
     driver = tmp_path / "write_down.py"
     driver.write_text(
         "import os, runpy, sys\n"
-        "from minimind_v_hf.collator import MiniMindVCollator\n"
+        "from minimind_v_hf.data import MiniMindVCollator\n"
         "collate = MiniMindVCollator.__call__\n"
         "def write_down(self, rows):\n"
         "    with open(os.environ['SEEN'] + os.environ['RANK'], 'a') as file:\n"

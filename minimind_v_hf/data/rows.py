@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ..processing_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER
 from .images import ImageStore
-from .processing_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER
 
 
 ROLES = ("system", "user", "assistant")

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data import IGNORE_INDEX
+from ..processing_minimind_v import MiniMindVProcessor
 from .images import read_image
-from .processing_minimind_v import MiniMindVProcessor
+from .tokenizing import IGNORE_INDEX
 
 
 class PixelNormalizer(nn.Module):

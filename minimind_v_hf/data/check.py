@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .data import CUT, TOO_LONG, ConversationEncoder
+from ..processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
 from .images import ImageStore, find_problem, open_image_store, read_image_file
-from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
 from .rows import Row, RowError, find_files, parse_row, read_rows
+from .tokenizing import CUT, TOO_LONG, ConversationEncoder
 
 
 _ROWS_AT_ONCE = 512
