@@ -18,9 +18,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from conversation import errors_in_one_line, load_model
-from figures import chinese_font
 from matplotlib.figure import Figure
+
+from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.drawing import chinese_font
 
 
 COLUMNS = 6

@@ -6,24 +6,23 @@
 With a question it answers that and ends; without one it goes on talking. A picture may be a path or a URL, and a file that is
 dragged into the terminal is understood as well. Ctrl-C stops an answer, Ctrl-D leaves.
 
-Only transformers is needed: a saved folder brings its own code, which is run. Where the package minimind_v_hf is installed,
-its code is used instead.
+A model of another kind than MiniMind-V brings its own code, which is run: talk with models that you trust.
 """
 
 import argparse
 import contextlib
-import mimetypes
 import os
 import re
 import signal
 import sys
 import threading
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 import torch
-from conversation import PRECISIONS, Answer, Conversation, errors_in_one_line, load_model
 from transformers import TextStreamer
+
+from minimind_v_hf.chat import PRECISIONS, Answer, Conversation, errors_in_one_line, load_model, media_kind, url_path
 
 
 HELP = """\
@@ -56,26 +55,6 @@ def as_source(word: str) -> str:
     if word.startswith("file://"):
         word = unquote(url_path(word))
     return os.path.expanduser(word)
-
-
-def url_path(url: str) -> str:
-    """The path in a URL; of what is none, nothing."""
-    try:
-        return urlparse(url).path
-    except ValueError:
-        return ""
-
-
-def media_kind(source: str) -> str | None:
-    """ "image" or "video" for a file that is there, or a URL, with such an ending."""
-    is_url = source.startswith(("http://", "https://"))
-    try:
-        if not is_url and not os.path.isfile(source):
-            return None
-    except ValueError:  # a null byte
-        return None
-    kind = mimetypes.guess_type(url_path(source) if is_url else source, strict=False)[0] or ""
-    return kind.partition("/")[0] if kind.startswith(("image/", "video/")) else None
 
 
 def split_line(line: str) -> tuple[str, list[tuple[str, str]]]:

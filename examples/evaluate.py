@@ -14,8 +14,7 @@ The data set is JSONL in the MiniMind-V format; the last message of each row is 
   with its end, so that long and short ones compete fairly.
 
 A row's "kind", if it has one, groups the table. A run that was cut short goes on where it stopped when it is started again. The
-wrong answers are drawn beside the output file. Only transformers is needed, not this package: a saved folder brings its own
-code. BLEU needs sacrebleu, the sheet matplotlib, and --int8 this package.
+wrong answers are drawn beside the output file. BLEU needs sacrebleu, and the sheet matplotlib.
 """
 
 import argparse
@@ -28,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversation import errors_in_one_line, load_model
 from PIL import Image
 from tqdm import tqdm
+
+from minimind_v_hf.chat import errors_in_one_line, load_model
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -291,7 +291,7 @@ def main() -> None:
     wrong = [row for row in done if not row["right"] and picture_names(row)]
     if wrong:
         try:
-            from figures import draw_answers
+            from minimind_v_hf.drawing import draw_answers
         except ImportError:
             print("A sheet of the wrong answers needs matplotlib: pip install matplotlib")
         else:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conversation import errors_in_one_line, load_model
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache, GenerationConfig
 from transformers.exporters import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
+
+from minimind_v_hf.chat import errors_in_one_line, load_model
 
 
 try:

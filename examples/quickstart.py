@@ -17,15 +17,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from figures import draw_answers, draw_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
+from minimind_v_hf.drawing import draw_answers, draw_loss
 from minimind_v_hf.processing_minimind_v import build_chat_template
-from shapes import IMAGE_SIZE, write_data_set
+from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
 
 PATCH_SIZE = 16  # so that a picture of 64 pixels becomes 4 x 4 patches

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chat import media_kind
-from conversation import Conversation, errors_in_one_line, load_model
 from transformers import TextIteratorStreamer
 
-from shapes import all_scenes, draw
+from minimind_v_hf.chat import Conversation, errors_in_one_line, load_model, media_kind
+from minimind_v_hf.shapes import all_scenes, draw
 
 
 try:

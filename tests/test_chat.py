@@ -13,8 +13,9 @@ import pytest
 import torch
 from chat import main, split_line
 from conftest import MOE, make_image, make_model, make_processor
-from conversation import Conversation
 from transformers import TextIteratorStreamer
+
+from minimind_v_hf.chat import Conversation
 
 
 CHAT = Path(__file__).parents[1] / "examples" / "chat.py"

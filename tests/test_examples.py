@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import shapes
-from shapes import PLACES, all_scenes, descriptions, draw, questions, write_data_set
+from minimind_v_hf import shapes
+from minimind_v_hf.shapes import PLACES, all_scenes, descriptions, draw, questions, write_data_set
 
 
 ROOT = Path(__file__).parents[1]

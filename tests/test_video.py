@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, make_image, make_model, make_processor
-from conversation import Conversation
 from PIL import Image
 
+from minimind_v_hf.chat import Conversation
 from minimind_v_hf.processing_minimind_v import load_video
 from minimind_v_hf.video_minimind_v import read_video, sample_uniformly
 

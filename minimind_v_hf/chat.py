@@ -7,12 +7,15 @@ conversation without a cache. `chat.py` and `web_demo.py` talk through this.
 
 import argparse
 import contextlib
+import mimetypes
+import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from transformers import (
@@ -50,8 +53,8 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantize, fast_bf16 = None, False
     try:
-        from minimind_v_hf.metering import has_fast_bf16
-        from minimind_v_hf.quantization import quantize_int8 as quantize
+        from .metering import has_fast_bf16
+        from .quantization import quantize_int8 as quantize
 
         fast_bf16 = has_fast_bf16()
     except ImportError:
@@ -68,6 +71,26 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
         raise ValueError(f"Cannot load the model {folder!r}: {missing}{error}") from error
     model = model.to(device).eval()
     return (quantize(model) if precision == "int8" else model), processor
+
+
+def url_path(url: str) -> str:
+    """The path in a URL; of what is none, nothing."""
+    try:
+        return urlparse(url).path
+    except ValueError:
+        return ""
+
+
+def media_kind(source: str) -> str | None:
+    """ "image" or "video" for a file that is there, or a URL, with such an ending."""
+    is_url = source.startswith(("http://", "https://"))
+    try:
+        if not is_url and not os.path.isfile(source):
+            return None
+    except ValueError:  # a null byte
+        return None
+    kind = mimetypes.guess_type(url_path(source) if is_url else source, strict=False)[0] or ""
+    return kind.partition("/")[0] if kind.startswith(("image/", "video/")) else None
 
 
 @contextlib.contextmanager
