@@ -35,10 +35,16 @@ from transformers import __version__ as transformers_version
 
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
-from minimind_v_hf.features import CachedFeaturesCollator, encode_images
-from minimind_v_hf.metering import has_fast_bf16, matmul_rate, training_flops
-from minimind_v_hf.recipe import native_recipe
-from minimind_v_hf.training import MiniMindVTrainer, freeze
+from minimind_v_hf.training import (
+    CachedFeaturesCollator,
+    MiniMindVTrainer,
+    encode_images,
+    freeze,
+    has_fast_bf16,
+    matmul_rate,
+    native_recipe,
+    training_flops,
+)
 
 
 WAYS = ("stock", "unpacked", "grouped", "packed", "kept")

@@ -11,8 +11,7 @@ mean nothing here. Needs peft (`pip install -e ".[lora]"`).
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
-from minimind_v_hf.training import MiniMindVTrainer
+from minimind_v_hf.training import MiniMindVTrainer, checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
 
 
 try:

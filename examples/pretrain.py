@@ -12,9 +12,17 @@ Stopped or killed, the same command goes on from the last complete checkpoint. T
 
 from typing import Any
 
-from minimind_v_hf.recipe import checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
-from minimind_v_hf.reporting import SampleSheet
-from minimind_v_hf.training import MiniMindVTrainer, freeze, parameter_table
+from minimind_v_hf.training import (
+    MiniMindVTrainer,
+    checkpoint_to_resume,
+    freeze,
+    load_data,
+    load_start,
+    make_collator,
+    parameter_table,
+    parse_arguments,
+)
+from minimind_v_hf.training.reports import SampleSheet
 
 
 RECIPE = {

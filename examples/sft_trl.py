@@ -8,8 +8,7 @@ Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs 
 
 import sft
 
-from minimind_v_hf.recipe import load_data, load_start, make_collator, parse_arguments
-from minimind_v_hf.training import freeze, parameter_table
+from minimind_v_hf.training import freeze, load_data, load_start, make_collator, parameter_table, parse_arguments
 
 
 try:

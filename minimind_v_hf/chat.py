@@ -53,8 +53,8 @@ def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantize, fast_bf16 = None, False
     try:
-        from .metering import has_fast_bf16
         from .quantization import quantize_int8 as quantize
+        from .training.metering import has_fast_bf16
 
         fast_bf16 = has_fast_bf16()
     except ImportError:

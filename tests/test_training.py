@@ -29,11 +29,24 @@ from transformers.trainer_callback import TrainerCallback
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
 from minimind_v_hf import modeling_minimind_v as modeling
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
-from minimind_v_hf.features import CachedFeaturesCollator, encode_images
-from minimind_v_hf.metering import matmul_rate, training_flops
-from minimind_v_hf.recipe import RunArguments, checkpoint_to_resume, load_data, load_start, native_recipe, parse_arguments
-from minimind_v_hf.reporting import SampleSheet
-from minimind_v_hf.training import TRAINABLE, MiniMindVTrainer, freeze, load_checkpoint, parameter_table
+from minimind_v_hf.training import (
+    TRAINABLE,
+    CachedFeaturesCollator,
+    MiniMindVTrainer,
+    RunArguments,
+    checkpoint_to_resume,
+    encode_images,
+    freeze,
+    load_checkpoint,
+    load_data,
+    load_start,
+    matmul_rate,
+    native_recipe,
+    parameter_table,
+    parse_arguments,
+    training_flops,
+)
+from minimind_v_hf.training.reports import SampleSheet
 
 
 ROOT = Path(__file__).parents[1]
@@ -484,7 +497,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrup
 def launch(home):
     """Starts an example script with the file of arguments, in processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minimind_v_hf.recipe", "minimind_v_hf.reporting"])
+    context.set_forkserver_preload(["minimind_v_hf.training.reports"])
     saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "HF_DATASETS_CACHE")}
     # The folder of a script is on the path of whoever starts it
     os.environ |= {

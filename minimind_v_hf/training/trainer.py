@@ -1,9 +1,8 @@
-"""Training: what to freeze, and a Trainer with telling metrics and with checkpoints that are light and never half written.
+"""A Trainer with telling metrics and with checkpoints that are light and never half written.
 
 The loop itself, parallelism, precision and logging are those of transformers and accelerate.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,155 +11,22 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 
-from .data import PixelNormalizer
-from .metering import StepMeter, is_frozen
-from .modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..data import PixelNormalizer
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from .checkpoints import ENCODER, RUN_FILE, encoder_digest, require_complete, require_encoder
+from .freezing import is_frozen
+from .metering import StepMeter
 
 
 logger = logging.get_logger(__name__)
 
-TRAINABLE = ("projector", "projector+last", "projector+first_last", "llm", "all")
-"""What can be trained: the projector alone, the projector with the last or the first and last decoder layer, the projector
-with the whole language model, or everything."""
-
-RUN_FILE = "minimind_v_run.json"
-"""In a checkpoint: the global batch size of its run, and which encoder it leaves out."""
-
-ENCODER = "model.vision_tower."
-
 _UNFINISHED = ".unfinished"
-
-
-# ── Freezing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def freeze(model: MiniMindVForConditionalGeneration, trainable: str) -> None:
-    """Let only a part of the model learn.
-
-    Args:
-        model: every `requires_grad` of it is set.
-        trainable: one of `TRAINABLE`.
-
-    Raises:
-        ValueError: another word, or a decoder whose parts have other names than Llama's.
-    """
-    if trainable not in TRAINABLE:
-        raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
-    inner = model.model
-    if not (hasattr(inner.language_model, "layers") and hasattr(inner.language_model, "norm")):
-        raise ValueError(
-            f"{type(inner.language_model).__name__} has no `layers` and `norm`: training knows decoders with Llama's names, "
-            "such as Llama, Qwen3, Mistral and MiniMind."
-        )
-    layers = inner.language_model.layers
-    learning: dict[str, list[nn.Module]] = {
-        "projector": [],
-        "projector+last": [layers[-1]],
-        "projector+first_last": [layers[0], layers[-1]],
-        "llm": [inner.language_model, model.lm_head],
-        "all": [model],
-    }
-    model.requires_grad_(False)
-    for module in (inner.multi_modal_projector, *learning[trainable]):
-        module.requires_grad_(True)
-
-
-def parameter_table(model: MiniMindVForConditionalGeneration) -> str:
-    """Trainable and frozen parameters by part of the model, as text for a terminal."""
-    inner = model.model
-    layers = inner.language_model.layers
-    parts: list[tuple[str, list[nn.Module]]] = [
-        ("vision encoder", [inner.vision_tower]),
-        ("projector", [inner.multi_modal_projector]),
-        ("embeddings", [inner.get_input_embeddings()]),
-        ("first decoder layer", [layers[0]]),
-        ("other decoder layers", list(layers[1:-1])),
-        ("last decoder layer", [layers[-1]] if len(layers) > 1 else []),
-        ("final norm and head", [inner.language_model.norm, model.lm_head]),
-    ]
-    lines = [f"{'part':<22}{'trainable':>14}{'frozen':>14}"]
-    seen: set[int] = set()
-    totals = [0, 0]
-    for name, modules in parts:
-        counts = [0, 0]
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            if id(parameter) not in seen:  # a tied head is counted once, with the embeddings
-                seen.add(id(parameter))
-                counts[not parameter.requires_grad] += parameter.numel()
-        totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        lines.append(f"{name:<22}{counts[0]:>14,}{counts[1]:>14,}")
-    return "\n".join([*lines, f"{'all':<22}{totals[0]:>14,}{totals[1]:>14,}"])
-
-
-# ── Light checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def encoder_digest(model: MiniMindVForConditionalGeneration) -> str:
-    """SHA-256 of the encoder's weights, by which a checkpoint without them knows the right ones again."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def load_checkpoint(
-    folder: str | os.PathLike, encoder: MiniMindVForConditionalGeneration | str | os.PathLike | None = None
-) -> MiniMindVForConditionalGeneration:
-    """Load the model of a training checkpoint, and re-attach the frozen encoder where it was left out.
-
-    Args:
-        folder: a `checkpoint-N` folder.
-        encoder: a model with the encoder, or its folder or Hub id; by default what the training run started from.
-
-    Raises:
-        ValueError: the encoder is not the one that the checkpoint was trained with.
-    """
-    run = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    if run["encoder"] is None:
-        return MiniMindVForConditionalGeneration.from_pretrained(folder)
-    source = encoder if encoder is not None else run["encoder"]["source"]
-    if not isinstance(source, PreTrainedModel):
-        if not source:
-            raise ValueError(f"{folder} leaves its encoder out and knows no folder that has it: pass encoder=.")
-        source = MiniMindVForConditionalGeneration.from_pretrained(source)
-    config = source.config.from_pretrained(folder)
-    del config.encoder_left_out
-    model = MiniMindVForConditionalGeneration(config)
-    state = {ENCODER + name: tensor for name, tensor in source.model.vision_tower.state_dict().items()}
-    state |= load_file(Path(folder) / SAFE_WEIGHTS_NAME)
-    result = model.load_state_dict(state, strict=False)
-    _require_complete(model, result, folder, frozenset())
-    _require_encoder(encoder_digest(model), run, folder)
-    return model.eval()
-
-
-def _require_encoder(digest: str, run: dict[str, Any], folder: str | os.PathLike) -> None:
-    if digest != run["encoder"]["sha256"]:
-        raise ValueError(
-            f"{folder} leaves its frozen encoder out, and the encoder at hand has other weights than the one that it was "
-            "trained with. Start from the same model as the run that wrote it."
-        )
-
-
-def _require_complete(model: PreTrainedModel, result: Any, folder: str | os.PathLike, absent: frozenset[str]) -> None:
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    missing = sorted(set(result.missing_keys) - absent - tied)
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{folder} does not fit the model: it lacks {missing[:5] or 'nothing'} and has besides "
-            f"{result.unexpected_keys[:5] or 'nothing'}."
-        )
-
-
-# ── The Trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class MiniMindVTrainer(Trainer):
@@ -422,20 +288,20 @@ class MiniMindVTrainer(Trainer):
         run = json.loads((Path(resume_from_checkpoint) / RUN_FILE).read_text(encoding="utf-8"))
         if run["encoder"] is not None:
             digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
-            _require_encoder(digest, run, resume_from_checkpoint)
+            require_encoder(digest, run, resume_from_checkpoint)
         self._loading_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model = self._bare_model()
         absent = frozenset(name for name in model.state_dict() if self._encoder and name.startswith(ENCODER))
-        _require_complete(model, load_result, self._loading_from, absent)
+        require_complete(model, load_result, self._loading_from, absent)
 
     # ── The model card ──
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: recipe, data counts, results and curves. `Trainer` would write its own."""
         if self.is_world_process_zero():
-            from .reporting import write_model_card  # draws, and so needs the extra `train`
+            from .reports import write_model_card  # draws, and so needs the extra `train`
 
             write_model_card(self)

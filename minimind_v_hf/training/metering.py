@@ -7,14 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from .modeling_minimind_v import MiniMindVForConditionalGeneration
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of a module learns."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from .freezing import is_frozen
 
 
 def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]:

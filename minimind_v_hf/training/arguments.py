@@ -25,13 +25,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration_minimind_v import MiniMindVConfig
-from .data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
+from ..configuration_minimind_v import MiniMindVConfig
+from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
 from .features import CachedFeaturesCollator, encode_images
+from .freezing import TRAINABLE
 from .metering import has_fast_bf16
-from .modeling_minimind_v import MiniMindVForConditionalGeneration
-from .processing_minimind_v import MiniMindVProcessor
-from .training import TRAINABLE
 
 
 @dataclass

@@ -7,7 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,12 +17,10 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .data.images import read_image
-from .processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from ..data.images import read_image
+from ..processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from .freezing import parameter_table
 
-
-if TYPE_CHECKING:
-    from .training import MiniMindVTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -176,10 +174,8 @@ def _table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines]) if lines else "Not recorded."
 
 
-def write_model_card(trainer: "MiniMindVTrainer") -> None:
-    """Write `README.md` and `curves.png` into the output folder of a trainer."""
-    from .training import parameter_table
-
+def write_model_card(trainer: Any) -> None:
+    """Write `README.md` and `curves.png` into the output folder of a `MiniMindVTrainer`."""
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     draw_curves(state.log_history, folder / "curves.png")
     last = {name: value for entry in state.log_history for name, value in entry.items()}

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .data import MiniMindVCollator
-from .data.images import file_state
-from .metering import is_frozen
-from .modeling_minimind_v import MiniMindVForConditionalGeneration
-from .training import encoder_digest
+from ..data import MiniMindVCollator
+from ..data.images import file_state
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from .checkpoints import encoder_digest
+from .freezing import is_frozen
 
 
 def _name(source: str | bytes) -> str:
