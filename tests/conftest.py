@@ -129,7 +129,7 @@ def running_server(command: Sequence[str | Path], health: str, folder: Path, env
     with log.open("w") as file:
         process = subprocess.Popen([*command, "--port", str(port)], env=environment, cwd=folder, stdout=file, stderr=file)
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 240
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}{health}", timeout=5).close()
