@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.preparation import prepare_tokenizer
 
 
 def make_words(rng: random.Random) -> list[str]:
@@ -35,11 +36,11 @@ def train_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator([" ".join(words)] * 2, trainer)
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> MiniMindVProcessor:
-    return MiniMindVProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=196)
+    return MiniMindVProcessor(CLIPImageProcessorPil(), tokenizer, tokenizer.chat_template)
 
 
 def make_model(processor: MiniMindVProcessor, preset: str = "minimind2-v-small") -> MiniMindVForConditionalGeneration:

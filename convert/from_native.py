@@ -49,6 +49,7 @@ from convert.output import (
 )
 from convert.report import print_table, run, shorten, warn
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.preparation import prepare_tokenizer
 
 
 NATIVE_SAMPLING = {"do_sample": True, "temperature": 0.65, "top_p": 0.85}
@@ -229,7 +230,8 @@ def build_processor(
     """The processor, whose tokenizer has an image token. Raises ConversionError where it can have none."""
     image_seq_length = (vision_config.image_size // vision_config.patch_size) ** 2
     try:
-        processor = MiniMindVProcessor(image_processor, tokenizer, image_seq_length=image_seq_length)
+        prepared = prepare_tokenizer(tokenizer)
+        processor = MiniMindVProcessor(image_processor, prepared, prepared.chat_template, image_seq_length)
     except ValueError as error:
         raise ConversionError(f"--tokenizer: {_first_line(error)}") from None
     check_image_token(tokenizer, processor)

@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
 from minimind_v_hf.drawing import draw_answers, draw_loss
-from minimind_v_hf.processing_minimind_v import build_chat_template
+from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
 
@@ -88,13 +88,9 @@ def main() -> None:
         image_mean=[0.9] * 3,  # so that the background is about zero
         image_std=[0.25] * 3,
     )
-    tokenizer = train_tokenizer(data / "train.jsonl")
-    processor = MiniMindVProcessor(
-        image_processor,
-        tokenizer,
-        chat_template=build_chat_template("<image>", default_system=None, thinking=False),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-    )
+    chat_template = build_chat_template("<image>", default_system=None, thinking=False)
+    tokenizer = prepare_tokenizer(train_tokenizer(data / "train.jsonl"), chat_template)
+    processor = MiniMindVProcessor(image_processor, tokenizer, chat_template, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
     train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
     stage_done("tokenise")
 

@@ -396,6 +396,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+IMAGE_PLACEHOLDER = "<image>"
+"""Where an image belongs in a prompt or a data set, whatever the tokenizer's own image token is."""
+
+VIDEO_PLACEHOLDER = "<video>"
+"""Where a video belongs in a prompt."""
+
+CONTROL_MARK = "\ufdd0"
+"""A Unicode noncharacter, which is reserved for use inside a program: it stands in no text."""
+
 # `transformers serve` goes by this table: a type that is missing there is taken for a class of transformers itself
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MiniMindVTextConfig.model_type] = "MiniMindForCausalLM"
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MiniMindVConfig.model_type] = "MiniMindVForConditionalGeneration"

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.preparation import prepare_tokenizer
 
 
 CORPUS = [
@@ -91,8 +92,9 @@ def make_config(text_config: dict | None = None, vision_config: dict | None = No
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
 
 
-def make_processor() -> MiniMindVProcessor:
-    return MiniMindVProcessor(make_image_processor(), make_tokenizer(), image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
+def make_processor(image_processor=None, tokenizer=None, image_seq_length: int = 16) -> MiniMindVProcessor:
+    tokenizer = prepare_tokenizer(tokenizer or make_tokenizer())
+    return MiniMindVProcessor(image_processor or make_image_processor(), tokenizer, tokenizer.chat_template, image_seq_length)
 
 
 def make_model(text_config: dict | None = None, **kwargs) -> MiniMindVForConditionalGeneration:

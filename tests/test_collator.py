@@ -5,12 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, make_image, make_image_processor, make_model, make_tokenizer
+from conftest import IMAGE_SIZE, make_image, make_image_processor, make_model, make_processor
 from datasets import Dataset, Features, Value
 from PIL import Image
 from transformers import SiglipImageProcessorPil, Trainer, TrainingArguments
 
-from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, PixelNormalizer, group_by_fit, pack, tokenize_conversations
 
 
@@ -84,7 +83,7 @@ def test_a_batch_without_images_reaches_the_projector(dataset, processor):
 def test_unreadable_image_is_named(dataset, processor, tmp_path):
     (tmp_path / "blue.png").write_text("no picture")
     sample = dataset[0] | {"images": [str(tmp_path / "blue.png")]}
-    with pytest.raises(ValueError, match=r"Cannot read the image .*blue\.png': the file is not a picture"):
+    with pytest.raises(ValueError, match=r"Cannot read the image .*blue\.png': the file is not an image"):
         MiniMindVCollator(processor)([sample])
     with pytest.raises(ValueError, match="pad_to_multiple_of=0"):
         MiniMindVCollator(processor, pad_to_multiple_of=0)
@@ -206,7 +205,7 @@ def test_bytes_normalised_on_the_device_are_the_processors_pixels(dataset, sigli
     image_processor = make_image_processor()
     if siglip:
         image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    processor = MiniMindVProcessor(image_processor, make_tokenizer(), image_seq_length=16)
+    processor = make_processor(image_processor)
     sample = dataset[0] | {"images": [jpeg((50, 31)), jpeg((20, 20))]}
     pixels = MiniMindVCollator(processor, uint8_pixels=True)([sample])["pixel_values"]
     assert pixels.dtype == torch.uint8
@@ -219,7 +218,7 @@ def test_bytes_normalised_on_the_device_are_the_processors_pixels(dataset, sigli
 
 
 def test_large_photographs_are_decoded_smaller(dataset):
-    processor = MiniMindVProcessor(make_image_processor(224), make_tokenizer())
+    processor = make_processor(make_image_processor(224), image_seq_length=196)
     collator = MiniMindVCollator(processor, uint8_pixels=True)
     for size, bound in (((640, 480), 0.0), ((1024, 900), 0.5), ((2000, 3000), 0.5)):
         file = jpeg(size)

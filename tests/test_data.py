@@ -379,7 +379,7 @@ def test_image_tokens_are_never_labels(write, images, processor):
 
 
 def test_an_image_of_one_token(write, images):
-    processor = MiniMindVProcessor(make_image_processor(), make_tokenizer(), image_seq_length=1)
+    processor = make_processor(image_seq_length=1)
     dataset = tokenize_conversations(load_conversations(write(ROWS), images), processor)
     assert [row["input_ids"].count(processor.image_token_id) for row in dataset] == [len(row["images"]) for row in dataset]
 
@@ -480,7 +480,7 @@ def test_several_processes_give_the_same(write, images, processor):
 def thinking_processor() -> MiniMindVProcessor:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
-    return MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+    return make_processor(tokenizer=tokenizer)
 
 
 def test_random_system_prompts(write, images):
@@ -522,6 +522,6 @@ def test_empty_thinking_blocks_can_be_left_out(write, images):
     drawn = answers(drop_empty_thinking=0.8)
     assert 65 < drawn[:100].count("red") < 95
     assert drawn[:101].count("red") + drawn[:101].count(block) == 101
-    other = MiniMindVProcessor(make_image_processor(), make_tokenizer(), chat_template="{{ messages }}")
+    other = MiniMindVProcessor(make_image_processor(), processor.tokenizer, chat_template="{{ messages }}")
     with pytest.raises(ValueError, match="chat template does not know this option"):
         tokenize_conversations(loaded, other, drop_empty_thinking=0.8)

@@ -20,10 +20,11 @@ FILES = {
     "model.safetensors",
     "modeling_minimind_v.py",
     "processing_minimind_v.py",
+    "image_reading_minimind_v.py",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "video_minimind_v.py",
+    "video_reading_minimind_v.py",
 }
 
 CHILD = """

@@ -15,7 +15,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from minimind_v_hf import MiniMindVProcessor
-from minimind_v_hf.processing_minimind_v import CONTROL_MARK, load_image, prepare_tokenizer
+from minimind_v_hf.configuration_minimind_v import CONTROL_MARK
+from minimind_v_hf.image_reading_minimind_v import load_image
+from minimind_v_hf.preparation import prepare_tokenizer
 
 
 IMAGE_TOKENS = 16
@@ -38,7 +40,7 @@ def test_image_placeholders_become_image_tokens(processor):
 
 
 def test_default_is_196_tokens():
-    processor = MiniMindVProcessor(make_image_processor(224), make_tokenizer())
+    processor = make_processor(make_image_processor(224), image_seq_length=196)
     ids = processor(text="<image>", images=make_image())["input_ids"][0]
     assert list(ids) == [processor.image_token_id] * 196
 
@@ -66,7 +68,7 @@ def test_a_tokenizer_without_spare_bytes_gets_a_new_id(caplog):
 def test_an_existing_image_token_is_kept_and_placeholders_mean_it():
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
-    processor = MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+    processor = make_processor(tokenizer=tokenizer)
     assert processor.image_token == "<|image_pad|>"
     ids = processor(text=["<image>", "<|image_pad|>"], images=[make_image()] * 2)["input_ids"]
     assert list(ids[0]) == list(ids[1]) == [tokenizer.convert_tokens_to_ids("<|image_pad|>")] * IMAGE_TOKENS
@@ -101,7 +103,7 @@ def test_strings_and_lists_render_alike(processor, content):
 def test_thinking_template():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
-    processor = MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+    processor = make_processor(tokenizer=tokenizer)
     conversation = chat(("user", "Hi"), ("assistant", "Ho"))
     user = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert processor.apply_chat_template(conversation) == user + "<think>\n\n</think>\n\nHo<|im_end|>\n"
@@ -170,7 +172,7 @@ def test_thoughts_and_calls_are_control_tokens_of_the_assistant_alone():
     tokenizer = make_tokenizer()
     names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
-    processor = MiniMindVProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_TOKENS)
+    processor = make_processor(tokenizer=tokenizer)
     said = "<think>\nhm\n</think>\n\n<tool_call>x</tool_call>"
     user, assistant = (
         list(processor.apply_chat_template(chat((role, said)), tokenize=True, return_dict=True)["input_ids"][0])
@@ -335,7 +337,7 @@ def bad_files(folder):
     Image.new("1", (10_000, 10_000)).save(folder / "large.png")
     return {
         "missing.jpg": "there is no such file",
-        "text.jpg": "not a picture in a known format",
+        "text.jpg": "not an image in a known format",
         "truncated.jpg": "truncated or damaged",
         "bomb.png": "decompression bomb",
         "large.png": r"10000x10000 pixels exceed the limit",
@@ -404,7 +406,7 @@ def test_save_and_load(processor, tmp_path):
 
 def test_bad_image_seq_length():
     with pytest.raises(ValueError, match="image_seq_length=0: expected a positive integer"):
-        MiniMindVProcessor(make_image_processor(), make_tokenizer(), image_seq_length=0)
+        make_processor(image_seq_length=0)
 
 
 def test_torchvision_image_processor_gives_the_same():
@@ -413,7 +415,7 @@ def test_torchvision_image_processor_gives_the_same():
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     fast = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
-    processor = MiniMindVProcessor(fast, make_tokenizer(), image_seq_length=IMAGE_TOKENS)
+    processor = make_processor(fast)
     image = make_image("orange", (IMAGE_SIZE, IMAGE_SIZE))
     actual = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
     expected = make_processor()(text="<image>", images=image, return_tensors="pt")["pixel_values"]

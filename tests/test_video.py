@@ -13,8 +13,7 @@ from conftest import IMAGE_SIZE, make_image, make_model, make_processor
 from PIL import Image
 
 from minimind_v_hf.chat import Conversation
-from minimind_v_hf.processing_minimind_v import load_video
-from minimind_v_hf.video_minimind_v import read_video, sample_uniformly
+from minimind_v_hf.video_reading_minimind_v import load_video, read_video, sample_uniformly
 
 
 IMAGE_TOKENS = 16

@@ -61,7 +61,7 @@ def test_answers_stream_and_the_conversation_goes_on(folder):
 
 
 def test_what_cannot_be_read_is_said_and_the_question_goes_back(folder):
-    with pytest.warns(UserWarning, match="not a picture in a known format"):
+    with pytest.warns(UserWarning, match="not an image in a known format"):
         talk, updates = steps(folder, "What?", ["red.png", "broken.png"])
     history, box, _ = updates[-1]
     assert history == []

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from ..configuration_minimind_v import IMAGE_PLACEHOLDER
+from ..processing_minimind_v import MiniMindVProcessor
 from .images import ImageStore, find_problem, open_image_store, read_image_file
 from .rows import Row, RowError, find_files, parse_row, read_rows
 from .tokenizing import CUT, TOO_LONG, ConversationEncoder

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..processing_minimind_v import load_image
+from ..image_reading_minimind_v import load_image
 
 
 _ZIP_SCHEME = "zip://"

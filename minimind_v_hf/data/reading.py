@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, load_data
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from ..processing_minimind_v import IMAGE_PLACEHOLDER
+from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from .images import ImageStore, file_state, find_problem, open_image_store
 from .rows import REPAIRS, RowError, find_files, parse_row, read_rows
 

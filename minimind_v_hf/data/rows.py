@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..processing_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER
+from ..configuration_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER
 from .images import ImageStore
 
 

@@ -311,4 +311,4 @@ def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProc
     else:
         side = config.vision_config.image_size
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return MiniMindVProcessor(image_processor, loaded, image_seq_length=config.image_seq_length)
+    return MiniMindVProcessor.build(image_processor, loaded, config)

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from ..data.images import read_image
-from ..processing_minimind_v import IMAGE_PLACEHOLDER, MiniMindVProcessor
+from ..processing_minimind_v import MiniMindVProcessor
 from .freezing import parameter_table
 
 

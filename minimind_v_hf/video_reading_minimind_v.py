@@ -1,29 +1,36 @@
-"""Videos: the frames of one that the model is shown, as pictures.
+"""Videos: the frames of one that the model is shown, as images.
 
 One frame a second; of a long video as many as are allowed, at the middle of equal parts of it. PyAV decodes, and seeks where
 the next frame is far, so that an hour of video takes hardly longer than a few minutes of it.
 
-This file is copied into every saved model folder. It depends on Pillow alone until a video is read.
+This file is copied into every saved model folder. It depends on torch, numpy and Pillow alone until a video is read.
 """
 
+import io
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 from PIL import Image
+
+from .image_reading_minimind_v import download, load_image
 
 
 MAX_NUM_FRAMES = 64
-"""Frames of one video at most: each takes as many tokens of the prompt as a picture."""
+"""Frames of one video at most: each takes as many tokens of the prompt as an image."""
+
+_MAX_VIDEO_DOWNLOAD = 512 * 2**20  # bytes
 
 MAX_FRAME_PIXELS = 7680 * 4320
 """Larger frames are refused before they are decoded."""
 
 _ENOUGH_PIXELS = 512  # on the shorter side: larger frames are shrunk at once, by a whole number, so that many fit into memory
 
-# Without playlists, which could make the decoder open other files and addresses, without single pictures, and without raw
+# Without playlists, which could make the decoder open other files and addresses, without single images, and without raw
 # streams, which have no times
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,apng"
 
@@ -33,6 +40,46 @@ def sample_uniformly(count: int, maximum: int) -> list[int]:
     if count <= maximum:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * maximum) for i in range(maximum)]  # ⌊i·g + g/2⌋ with g = count / maximum
+
+
+def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Image]:
+    """The frames of a video that the model is shown: see `read_video`.
+
+    Args:
+        source: a path, a URL, the bytes of a file, or frames: a list of images or an array (frames, H, W, 3). Of frames, all
+            are taken, or `max_frames` of them at the middle of equal parts.
+        max_frames: frames at most.
+
+    Raises:
+        ValueError: the video cannot be read, with the reason.
+        ImportError: PyAV is not installed.
+    """
+    if isinstance(source, (str, os.PathLike, bytes)):
+        name = os.fspath(source)
+        file: Any = name
+        if isinstance(name, bytes):
+            file = io.BytesIO(name)
+        elif name.lower().startswith(("http://", "https://")):
+            try:
+                file = download(name, _MAX_VIDEO_DOWNLOAD)
+            except OSError as error:
+                raise ValueError(str(error)) from error
+        elif not os.path.isfile(name):
+            raise ValueError("there is no such file, and it is no URL")
+        return read_video(file, max_frames)
+    if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)) or len(source) == 0:
+        raise ValueError(f"expected a path, a URL or a list of frames, got {type(source).__name__}")
+    return [load_image(source[index]) for index in sample_uniformly(len(source), max_frames)]
+
+
+def is_video(item: Any) -> bool:
+    """Whether this is one video: a file of it, an array of frames or a list of images, rather than a list of videos."""
+    if isinstance(item, (list, tuple)):
+        return bool(item) and all(
+            isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim < 4)
+            for frame in item
+        )
+    return isinstance(item, (str, os.PathLike, bytes)) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 4)
 
 
 def read_video(file: str | os.PathLike | BinaryIO, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Image]:
@@ -110,7 +157,7 @@ def _first_of_each_second(seconds: list[float]) -> list[int]:
 
 
 def _decode(container: Any, stream: Any, wanted: list[int], keyframes: list[int]) -> list[Image.Image]:
-    """The frames of these times, as upright pictures of a moderate size."""
+    """The frames of these times, as upright images of a moderate size."""
     images: list[Image.Image] = []
     position = None  # of the frame decoded last
     frames: Any = iter(())

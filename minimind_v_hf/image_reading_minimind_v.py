@@ -1,0 +1,140 @@
+"""Images: files of every kind, URLs, base64 data and arrays become RGB as a person sees them.
+
+This file is copied into every saved model folder. It depends on torch, numpy and Pillow alone.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Larger files are refused before they are decoded: a quarter of a gigabyte as RGB, Pillow's own warning threshold."""
+
+_DOWNLOAD_TIMEOUT = 30  # seconds
+_MAX_DOWNLOAD = 64 * 2**20  # bytes
+
+
+def load_image(source: Any, min_size: int | None = None) -> Image.Image:
+    """An image as a person sees it: RGB, upright, transparency over white.
+
+    Args:
+        source: a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W); bytes, 16-bit integers, or floats from 0
+            to 1), a path, a URL, base64 data, or the bytes of a file.
+        min_size: the size, in pixels, to which the caller will shrink the image. A JPEG may then be decoded at 1/2, 1/4
+            or 1/8 of its size, down to twice `min_size`: three times as fast for a photograph of a megapixel, whose
+            shrunk pixels differ by 0.3 of 255 on average.
+
+    Raises:
+        ValueError: the image cannot be read, with the reason.
+    """
+    if isinstance(source, (str, os.PathLike, bytes)):
+        source = _open(source)
+        if min_size is not None:
+            source.draft(None, (2 * min_size, 2 * min_size))
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
+        source = _from_array(source)
+    elif not isinstance(source, Image.Image):
+        raise ValueError(f"expected a PIL image, an array, a path or a URL, got {type(source).__name__}")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(source))
+    except Exception as error:  # each decoder has its own ways to fail on damaged bytes
+        raise ValueError(f"the file is truncated or damaged ({error})") from error
+
+
+def _open(source: str | os.PathLike | bytes) -> Image.Image:
+    """Open a path, URL, base64 string or a file's bytes without decoding its pixels yet."""
+    file: Any = source
+    name = os.fspath(source)
+    try:
+        if isinstance(name, bytes):
+            file = io.BytesIO(name)
+        elif name.lower().startswith(("http://", "https://")):
+            file = download(name, _MAX_DOWNLOAD)
+        elif not os.path.isfile(name):
+            file = io.BytesIO(_decode_base64(name))
+        image = Image.open(file)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("the file is not an image in a known format") from error
+    except (OSError, http.client.HTTPException, Image.DecompressionBombError, RuntimeError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels exceed the limit of {MAX_IMAGE_PIXELS} (a decompression bomb?); "
+            "resize the file, or pass it as a PIL image if you trust it"
+        )
+    return image
+
+
+def download(url: str, max_bytes: int) -> io.BytesIO:
+    """The bytes behind a URL, `max_bytes` at most. Raises OSError or ValueError."""
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
+    request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})
+    with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
+        file = io.BytesIO(response.read(max_bytes + 1))
+    if file.getbuffer().nbytes > max_bytes:
+        raise ValueError(f"the download exceeds {max_bytes >> 20} MiB")
+    return file
+
+
+def _decode_base64(text: str) -> bytes:
+    encoded = text.partition("base64,")[2] if text.startswith("data:") else text
+    try:
+        # A file name is hardly ever valid base64 of this length
+        if len(encoded) < 64:
+            raise ValueError
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        shown = text if len(text) <= 200 else text[:200] + "…"
+        raise ValueError(f"there is no such file, and it is no URL and no base64 data: {shown!r}") from None
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    channels_first = isinstance(array, torch.Tensor)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
+    values = array
+    if values.ndim == 2:
+        values = values[..., None]
+    counts = (1, 3, 4)
+    if values.ndim != 3 or not (values.shape[0] in counts or values.shape[-1] in counts) or values.size == 0:
+        raise ValueError(f"expected an array of shape (H, W), (H, W, C) or (C, H, W), got {tuple(values.shape)}")
+    if values.shape[-1] not in counts or (channels_first and values.shape[0] in counts):
+        values = values.transpose(1, 2, 0)
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all():
+            raise ValueError("the array holds NaN or infinite values")
+        values = values * 255 if values.max() <= 1 else values
+    elif values.dtype == np.bool_:
+        values = values * 255.0
+    elif values.dtype == np.uint16:
+        values = values / 257
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"expected values from 0 to 255, or floats from 0 to 1; got {values.min()} to {values.max()}")
+    values = values.round().astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode.startswith("I;16") or values.max() > 255:
+            scale = 255 / 65535
+        else:  # 32 bits without a word on their range
+            scale = 255 if 0 < values.max() <= 1 and image.mode == "F" else 1
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
