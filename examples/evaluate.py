@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -68,7 +69,7 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
     """
     tokenizer = processor.tokenizer
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
-    first, cache = outputs.logits[:, -1:].float().log_softmax(-1), outputs.past_key_values
+    first, cache = outputs.logits[:, -1:].float().log_softmax(-1), getattr(outputs, CACHE)
     scores: list[list[float]] = [[] for _ in choices]
     for number in range(max(map(len, choices))):
         texts = [some[number] if number < len(some) else "" for some in choices]
@@ -78,7 +79,7 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
         log_probabilities = first
         if longest > 1:
             mask = torch.cat((inputs["attention_mask"], torch.ones_like(padded[:, 1:])), dim=1)
-            later = model(padded[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            later = model(padded[:, :-1], attention_mask=mask, use_cache=True, **{CACHE: cache}).logits
             log_probabilities = torch.cat((first, later.float().log_softmax(-1)), dim=1)
             cache.crop(1 - longest)  # back to the prompts
         taken = log_probabilities.gather(2, padded[..., None])[..., 0]

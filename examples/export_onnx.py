@@ -23,6 +23,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
 
 from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 try:
@@ -62,7 +63,7 @@ def generate(
     cache = {
         each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
         for each in decoder.get_inputs()
-        if "past_key_values" in each.name
+        if len(each.shape) == 4
     }
     length, answer = input_ids.shape[1], []
     while len(answer) < max_new_tokens and (not answer or answer[-1] != eos_token_id):
@@ -91,7 +92,7 @@ def export(model, folder: Path) -> None:
     size, width = model.config.vision_config.image_size, model.config.get_text_config().hidden_size
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.zeros(2, 3, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long), cache=cache)
     # No axis of the samples that may vary has the size 1, which the tracer would take for a constant
     batch = {0: Dim.AUTO}
     tokens = {0: Dim.AUTO, 1: Dim.AUTO}
@@ -104,7 +105,7 @@ def export(model, folder: Path) -> None:
             {
                 "inputs_embeds": (torch.rand(2, 4, width), tokens),
                 "attention_mask": (torch.ones(2, 7, dtype=torch.long), tokens),
-                "past_key_values": (cache, [cached] * 2 * len(cache.layers)),
+                CACHE: (cache, [cached] * 2 * len(cache.layers)),
             },
         ),
     }

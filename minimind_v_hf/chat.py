@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .modeling_minimind_v import CACHE
+
 
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
@@ -229,7 +231,7 @@ class Conversation:
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             **images,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             max_new_tokens=min(max_new_tokens, room),
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),

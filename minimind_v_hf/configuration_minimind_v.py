@@ -64,7 +64,7 @@ class MiniMindVTextConfig(PreTrainedConfig):
 
     model_type = "minimind_v_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # its name since transformers 5.24, and before
     default_theta = 1_000_000.0
     _auto_class = "AutoConfig"
     hub_auto_map: ClassVar[dict[str, str]] = {
@@ -248,7 +248,7 @@ class MiniMindVConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     # transformers >= 5.20: lets config.json hold the nested configs without the base class's defaults
     sub_configs_defaults = {"text_config": MiniMindVTextConfig, "vision_config": CLIPVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
     _auto_class = "AutoConfig"
     hub_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_minimind_v.MiniMindVConfig",

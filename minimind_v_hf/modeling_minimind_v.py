@@ -15,7 +15,8 @@ Legend of the shape comments:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -44,6 +46,24 @@ from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 
 
 logger = logging.get_logger(__name__)
+
+CACHE = next(field.name for field in fields(MoeModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""What the installed transformers calls the cache: `cache` since 5.24, `past_key_values` before."""
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Let a forward pass whose argument is `cache` take `past_key_values` as well, which is deprecated since 5.24."""
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")(forward)
+
+    @wraps(forward)
+    def renamed(*args, **kwargs):
+        if kwargs.get("past_key_values") is not None:
+            kwargs["cache"] = kwargs["past_key_values"]
+        kwargs.pop("past_key_values", None)
+        return forward(*args, **kwargs)
+
+    return renamed
 
 
 # ── The decoder ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,12 +166,13 @@ class MiniMindAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, D)
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos and sin, (B, T, d) each
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]  # (B, T)
@@ -162,8 +183,10 @@ class MiniMindAttention(nn.Module):
 
         cos, sin = position_embeddings
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, d)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, K, S, d)
+        elif cache is not None:  # before 5.24, the attention function itself updates the cache of continuous batching
+            kwargs["cache"] = cache
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -314,7 +337,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniMindDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -358,6 +381,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -365,7 +389,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -377,7 +401,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding (B, S); or a ready 4-D mask.
             position_ids: (B, T). Positions that start again at 0 within a row mark packed sequences, which do not
                 attend to each other (when neither a cache nor a mask is given).
-            past_key_values: any transformers `Cache`.
+            cache: any transformers `Cache`; also taken as `past_key_values`.
             use_cache: return a cache for the next call.
 
         Raises:
@@ -388,7 +412,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)  # (1, T)
 
@@ -396,11 +420,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)  # after the mask, which takes a cache for a sign of no packing
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)  # after the mask, which takes a cache for a sign of no packing
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -410,10 +434,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -430,13 +454,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -461,7 +486,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=_wants_router_logits(self, output_router_logits),
@@ -472,10 +497,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -505,7 +530,7 @@ def _head(model, outputs, labels, logits_to_keep, skip_logits, **kwargs):
             loss = model.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
     if _is_ours(text_config) and outputs.router_logits:
         routers_hidden = hidden_states.requires_grad and not outputs.router_logits[-1].requires_grad
-        if routers_hidden and model.training and model.is_gradient_checkpointing:
+        if routers_hidden and model.training and model.get_decoder().gradient_checkpointing:
             logger.warning_once(
                 "The experts are not balanced: the load-balancing loss has no gradient, since reentrant gradient checkpointing "
                 "hides the routers. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -552,16 +577,26 @@ def _loss_at_labels(model, hidden_states, labels, num_items_in_batch=None, **kwa
 
 @dataclass
 class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
-    """Adds `image_hidden_states` (N, P, D): the images as the decoder sees them."""
+    """Adds `image_outputs`: what `get_image_features` gave."""
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """The images as the decoder reads them, (N, P, D)."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
 
 
 @dataclass
 class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Adds `image_hidden_states` (N, P, D): the images as the decoder sees them."""
+    """Adds `image_outputs`: what `get_image_features` gave."""
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """The images as the decoder reads them, (N, P, D)."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
 
 
 class MiniMindVProjector(nn.Module):
@@ -718,6 +753,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -725,7 +761,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -749,7 +785,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         learns = self.training and torch.is_grad_enabled() and _is_trainable(self.multi_modal_projector)
-        if learns and pixel_values is None and image_outputs is None and past_key_values is None:
+        if learns and pixel_values is None and image_outputs is None and cache is None:
             # Also a batch of text alone passes through the projector, whose gradients parallel engines wait for
             pixel_values = inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
         if pixel_values is not None:
@@ -770,17 +806,17 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         return MiniMindVModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None),
-            image_hidden_states=image_features,
+            image_outputs=image_outputs,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -805,6 +841,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         """See `MiniMindVModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -812,7 +849,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -827,7 +864,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=_wants_router_logits(self, output_router_logits),
@@ -838,11 +875,11 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
@@ -856,28 +893,22 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat each sequence for beams or for several answers, and with it its images.
+        """Repeat each sequence for beams or for several answers, and with it its images: [A, B] becomes [A, B, A, B].
 
-        Since transformers 5.18 `generate` encodes the images first and repeats what came out; before that, it repeated
-        image by image, which gives every sequence with several images the wrong ones.
+        transformers 5.18 makes [A, A, B, B] of them, which gives every sequence with several images the wrong ones.
         """
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            if pixel_values.ndim == 5:
-                pixel_values = pixel_values.flatten(0, 1)
-            mask = self.model.get_placeholder_mask(
-                input_ids if model_kwargs.get("inputs_embeds") is None else None,
-                model_kwargs.get("inputs_embeds"),
-                pixel_values.new_empty(len(pixel_values), self.config.image_seq_length, 0),
-            )
-            images_per_sequence = (mask.sum(dim=(1, 2)) // self.config.image_seq_length).tolist()
-            groups = pixel_values.split(images_per_sequence)
-            pixel_values = torch.cat([images for group in groups for images in [group] * expand_size])
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).pop("image", None)
+        if images is not None and expand_size > 1:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            features = images.pooler_output
+            mask = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds, features)
+            groups = features.split((mask.sum(dim=(1, 2)) // self.config.image_seq_length).tolist())
+            images.pooler_output = torch.cat([group for group in groups for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
+        if images is not None:
+            model_kwargs["mm_encoder_outputs"]["image"] = images
         return input_ids, model_kwargs
 
 

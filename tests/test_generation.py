@@ -5,6 +5,8 @@ import torch
 from conftest import IMAGE_SIZE, MOE, make_model, make_processor
 from transformers import DynamicCache, TextIteratorStreamer
 
+from minimind_v_hf.modeling_minimind_v import CACHE
+
 
 IMAGE_TOKENS = 16
 IMAGE_TOKEN_ID = make_processor().image_token_id
@@ -130,10 +132,10 @@ def test_eos_stops_a_sequence_and_pads_it(model):
 def test_a_conversation_continues_from_its_cache(model):
     input_ids, pixel_values = sample(model, 1, seed=8)
     cache = DynamicCache(config=model.config.text_config)
-    first = model.generate(input_ids, pixel_values=pixel_values, past_key_values=cache, **GREEDY)
+    first = model.generate(input_ids, pixel_values=pixel_values, **{CACHE: cache}, **GREEDY)
     question, more_pixels = sample(model, 1, seed=9)
     conversation = torch.cat((first, question), dim=1)
-    continued = model.generate(conversation, pixel_values=more_pixels, past_key_values=cache, **GREEDY)
+    continued = model.generate(conversation, pixel_values=more_pixels, **{CACHE: cache}, **GREEDY)
     afresh = model.generate(conversation, pixel_values=torch.cat((pixel_values, more_pixels)), **GREEDY)
     assert continued.tolist() == afresh.tolist()
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import IMAGE_SIZE, MOE, make_config, make_model
 from transformers import AutoModel, DynamicCache, GPT2Config, LlamaConfig, SiglipVisionConfig, StaticCache
+from transformers.utils import logging
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVModel
-from minimind_v_hf.modeling_minimind_v import MiniMindExperts
+from minimind_v_hf.modeling_minimind_v import CACHE, MiniMindExperts
 
 
 IMAGE_TOKENS = 16
@@ -82,11 +83,11 @@ def test_cached_logits_are_the_uncached_ones(model, make_cache):
     except TypeError:
         cache = make_cache(model.config.text_config)
     split = 4 + IMAGE_TOKENS + 2
-    start = model(input_ids[:, :split], pixel_values=pixel_values, past_key_values=cache, use_cache=True)
+    start = model(input_ids[:, :split], pixel_values=pixel_values, cache=cache, use_cache=True)
     logits = [start.logits]
     for position in range(split, input_ids.shape[1]):
         position_ids = torch.tensor([[position]])
-        step = model(input_ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids, use_cache=True)
+        step = model(input_ids[:, position : position + 1], cache=cache, position_ids=position_ids, use_cache=True)
         logits.append(step.logits)
     assert_same(torch.cat(logits, dim=1), expected)
 
@@ -137,8 +138,8 @@ def test_outputs(model):
     assert [a.shape for a in outputs.attentions] == [(1, 4, length, length)] * 2
     assert_same(outputs.attentions[0].sum(-1), torch.ones(1, 4, length))
     assert outputs.image_hidden_states.shape == (1, IMAGE_TOKENS, 32)
-    assert outputs.past_key_values.get_seq_length() == length
-    assert model(prompt(model, 4, images=0), use_cache=False).past_key_values is None
+    assert getattr(outputs, CACHE).get_seq_length() == length
+    assert getattr(model(prompt(model, 4, images=0), use_cache=False), CACHE) is None
 
 
 @torch.no_grad()
@@ -292,10 +293,10 @@ def test_compiles_without_graph_breaks(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     expected = model(input_ids, pixel_values=pixel_values).logits
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    prefill = compiled(input_ids=input_ids, pixel_values=pixel_values, past_key_values=cache, use_cache=True)
+    prefill = compiled(input_ids=input_ids, pixel_values=pixel_values, cache=cache, use_cache=True)
     assert_same(prefill.logits, expected)
     more = torch.randint(3, 180, (1, 1))
-    step = compiled(input_ids=more, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[input_ids.shape[1]]]))
+    step = compiled(input_ids=more, cache=cache, use_cache=True, position_ids=torch.tensor([[input_ids.shape[1]]]))
     whole = model(torch.cat((input_ids, more), dim=1), pixel_values=pixel_values).logits
     assert_same(step.logits[:, -1], whole[:, -1])
 
@@ -406,3 +407,36 @@ def test_missing_encoder_weights_are_initialised_as_the_encoder_wants(tmp_path):
     for (name, ours), (_, expected) in zip(loaded.named_parameters(), fresh.named_parameters(), strict=True):
         if "vision_tower" in name and name.endswith("proj.weight"):
             assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.1), name
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_the_cache_goes_by_either_name(model, name):
+    input_ids = prompt(model, 6, images=0)
+    expected = model(input_ids).logits[:, -1:]
+    cache = DynamicCache(config=model.config.text_config)
+    model(input_ids[:, :-1], use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == 5
+    assert_same(model(input_ids[:, -1:], use_cache=True, **{name: cache}).logits, expected)
+    language_model = model.model.language_model
+    assert language_model(input_ids[:, -1:], use_cache=True, **{name: cache}).last_hidden_state.shape == (1, 1, 32)
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("decoder", ["dense", "moe", "llama"])
+def test_transformers_warns_of_nothing_deprecated(decoder, caplog, recwarn):
+    if decoder == "llama":
+        llama = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        model = MiniMindVForConditionalGeneration(MiniMindVConfig(**make_config().to_dict() | {"text_config": llama}))
+    else:
+        model = make_model(MOE if decoder == "moe" else None)
+    logging.get_logger("transformers").warning_once.__func__.cache_clear()
+    input_ids, pixel_values = prompt(model, 4, 6), pixels()
+    model.eval().generate(input_ids, pixel_values=pixel_values, max_new_tokens=3, num_beams=2)
+    model(input_ids, pixel_values=pixel_values, use_cache=True)
+    model.train()(input_ids, pixel_values=pixel_values, labels=input_ids).loss.backward()
+    # Renamed in 5.24
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model(input_ids, pixel_values=pixel_values, labels=input_ids).loss.backward()
+    warned = [record.getMessage() for record in caplog.records] + [str(warning.message) for warning in recwarn]
+    assert [message for message in warned if "deprecated" in message] == []
