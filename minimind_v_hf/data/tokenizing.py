@@ -75,6 +75,7 @@ def tokenize_conversations(
         raise ValueError(f"max_length={max_length}: an image alone takes {processor.image_seq_length} tokens.")
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError("The data set has nothing to learn from: no rows are left.")
+    count_processes(0, num_proc)
     encode = ConversationEncoder(processor)
     features = Features(
         {
@@ -82,7 +83,7 @@ def tokenize_conversations(
             "labels": [Value("int32")],
             "images": dataset.features["images"],
             "length": Value("int32"),
-            "num_images": Value("int32"),
+            "lost_images": Value("int32"),
             "outcome": Value("string"),
         }
     )
@@ -97,12 +98,15 @@ def tokenize_conversations(
         ]
         without_blocks = [draw.random() < drop_empty_thinking for draw in draws]
         rows: dict[str, list] = {column: [] for column in features}
-        for sample, images in zip(encode(conversations, without_blocks), batch["images"], strict=True):
+        for sample, images in zip(encode(conversations, max_length, without_blocks), batch["images"], strict=True):
             sample, outcome = sample.fit(max_length)
+            num_images = int(sample.is_image.sum())
+            if num_images > len(images) or (outcome == KEPT and num_images < len(images)):
+                raise ValueError(f"The chat template writes {num_images} images where a conversation has {len(images)}.")
             rows["input_ids"].append(sample.input_ids)
             rows["labels"].append(sample.labels)
-            rows["images"].append(images[: sample.is_image.sum()])
-            rows["num_images"].append(len(rows["images"][-1]))
+            rows["images"].append(images[:num_images])
+            rows["lost_images"].append(len(images) - (num_images if _is_kept(outcome) else 0))
             rows["length"].append(len(sample.input_ids))
             rows["outcome"].append(outcome)
         return rows
@@ -116,10 +120,9 @@ def tokenize_conversations(
     }
     if isinstance(dataset, IterableDataset):
         kept = dataset.map(tokenize, batch_size=64, **options).filter(_is_kept, input_columns=["outcome"])
-        return kept.remove_columns(["outcome", "num_images"])
+        return kept.remove_columns(["outcome", "lost_images"])
 
-    num_proc = num_proc or count_processes(len(dataset))
-    tokenized = dataset.map(tokenize, num_proc=num_proc, desc="Tokenising", **options)
+    tokenized = dataset.map(tokenize, num_proc=count_processes(len(dataset), num_proc), desc="Tokenising", **options)
     outcomes = Counter(outcome for batch in tokenized.select_columns(["outcome"]).iter(10_000) for outcome in batch["outcome"])
     dropped = Counter({what: outcomes[what] for what in (TOO_LONG, NOTHING_TO_LEARN) if outcomes[what]})
     if dropped.total() == len(tokenized):
@@ -128,14 +131,14 @@ def tokenize_conversations(
     if outcomes[CUT] or dropped:
         counts = [f"{count:,} rows {what}" for what, count in ((CUT, outcomes[CUT]), *dropped.items()) if count]
         logger.warning(f"Tokenised {len(tokenized):,} rows. Cut or dropped: {'; '.join(counts)}.")
-    if dropped:
-        tokenized = tokenized.filter(_is_kept, input_columns=["outcome"], desc="Dropping rows that do not fit")
     if report is not None:
-        report.kept = len(tokenized)
-        report.images = sum(sum(batch["num_images"]) for batch in tokenized.select_columns(["num_images"]).iter(10_000))
+        report.kept -= dropped.total()
+        report.images -= sum(sum(batch["lost_images"]) for batch in tokenized.select_columns(["lost_images"]).iter(10_000))
         report.repaired.update({CUT: outcomes[CUT]} if outcomes[CUT] else {})
         report.dropped.update(dropped)
-    return tokenized.remove_columns(["outcome", "num_images"])
+    if dropped:
+        tokenized = tokenized.filter(_is_kept, input_columns=["outcome"], desc="Dropping rows that do not fit")
+    return tokenized.remove_columns(["outcome", "lost_images"])
 
 
 def _is_kept(outcome: str) -> bool:
@@ -189,17 +192,30 @@ class ConversationEncoder:
     def __init__(self, processor: MiniMindVProcessor):
         self.tokenizer, self.chat_template = processor.tokenizer, processor.chat_template
         self.image_token_id, self.image_seq_length = processor.image_token_id, processor.image_seq_length
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))  # in characters, or in bytes, which are not fewer
 
     def __call__(
-        self, conversations: list[list[dict[str, str]]], drop_empty_thinking: list[bool] | None = None
+        self,
+        conversations: list[list[dict[str, str]]],
+        max_length: int | None = None,
+        drop_empty_thinking: list[bool] | None = None,
     ) -> list[Sample]:
-        """Encode conversations; of those marked in `drop_empty_thinking`, without their empty `<think>` blocks."""
+        """Encode conversations.
+
+        Args:
+            conversations: with strings as contents.
+            max_length: what lies behind so many tokens may be left out of a sample, which is still longer than that.
+            drop_empty_thinking: of each conversation, whether to leave out its empty `<think>` blocks.
+        """
         drop_empty_thinking = drop_empty_thinking or [False] * len(conversations)
         samples: list[Any] = [None] * len(conversations)
+        shortened = conversations
+        if max_length is not None:
+            shortened = [_shorten(messages, (max_length + 1) * self.longest_token) for messages in conversations]
         for drop in set(drop_empty_thinking):
             indices = [index for index, dropped in enumerate(drop_empty_thinking) if dropped == drop]
             encoded = self.tokenizer.apply_chat_template(
-                [conversations[index] for index in indices],
+                [shortened[index] for index in indices],
                 chat_template=self.chat_template,
                 tokenize=True,
                 return_dict=True,
@@ -208,5 +224,25 @@ class ConversationEncoder:
             )
             for index, ids, learned in zip(indices, encoded["input_ids"], encoded["assistant_masks"], strict=True):
                 ids = np.asarray(ids)
-                samples[index] = Sample(ids, np.asarray(learned, bool), ids == self.image_token_id, self.image_seq_length)
+                sample = Sample(ids, np.asarray(learned, bool), ids == self.image_token_id, self.image_seq_length)
+                if shortened[index] != conversations[index] and sample.counts.sum() <= max_length:
+                    # The template or the tokenizer left text out, so that what was cut off may count
+                    sample = self([conversations[index]], None, [drop])[0]
+                samples[index] = sample
         return samples
+
+
+def _shorten(messages: list[dict[str, str]], characters: int) -> list[dict[str, str]]:
+    """A conversation cut to about so many characters; an answer stays one, and thoughts stay thoughts."""
+    shortened: list[dict[str, str]] = []
+    answered = False
+    for message in messages:
+        if characters <= 0 and (answered or message["role"] != "assistant"):
+            continue
+        answered = answered or message["role"] == "assistant"
+        content = message["content"][: max(characters, 0)]
+        characters -= len(content) + 1  # each message takes tokens of its own
+        if "</think>" in message["content"][len(content) :]:  # by which templates tell thoughts from what is said
+            content = message["content"] if "</think>" in content else content + "</think>"
+        shortened.append({**message, "content": content})
+    return shortened
