@@ -106,7 +106,7 @@ def test_everything_that_is_wrong_is_listed(files, capsys):
         "✗ rows whose image is a link out of the folder: 1": ["line 7: "],
         "✗ rows with a missing image: 1": ["line 4: "],
         "✗ rows with a corrupt image: 1": ["line 5: "],
-        "✗ rows whose <image> do not match their images: 1": ["line 8: 2 <image>, 1 images"],
+        "✗ rows whose <image> do not match their images: 1": ["line 8: 2 <image> placeholders, but 1 images"],
         "✗ rows with an empty answer: 1": ["line 9"],
         "✗ rows in which no assistant speaks: 1": ["line 11"],
     }

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from minimind_v_hf import MiniMindVProcessor
-from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, tokenize_conversations
+from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, read_conversations, tokenize_conversations
 from minimind_v_hf.data.images import read_image
 
 
@@ -125,7 +126,7 @@ def test_all_formats_say_the_same(write, images, tmp_path):
     dataset = load_conversations(bytes_file, report=report)
     assert [contents(dataset, i) for i in range(3)] == texts
     assert dataset["images"][:] == pictures
-    assert report.repaired == {"text rows with a black picture of 8x8: it was left out": 1}
+    assert report.repaired == {"text-only rows with a black image of 8x8: it was left out": 1}
     dataset = load_conversations(single_file)
     assert [contents(dataset, i) for i in range(2)] == texts[::2]
     assert dataset["images"][:] == [pictures[0], []]
@@ -199,7 +200,7 @@ def test_streaming_gives_the_same_rows_and_splits_between_processes(write, image
 
 def test_the_described_samples_as_they_stand(write, images, processor):
     report = DataReport()
-    dataset = load_conversations(write(SAMPLES), images, report=report)
+    dataset = load_conversations(write(SAMPLES), images, max_dropped=0.34, report=report)
     assert contents(dataset, 2)[0] == "context: Source Image: <image> Target Image: <image> What is the instruction?"
     assert [colours(row["images"]) for row in dataset] == [["red"], ["blue"], ["red", "blue"]]
     assert (report.rows, report.kept, report.images) == (3, 3, 4)
@@ -259,11 +260,21 @@ def test_nothing_left_is_said(write, images, processor):
 def test_videos_are_refused(write, images):
     inline = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
     for row, message in (
-        (chat("What?", videos=["a.mp4"]), "line 1: the row has a video, and training takes pictures alone"),
+        (chat("What?", videos=["a.mp4"]), "line 1: the row has video, and training takes images alone"),
         ({"messages": inline}, "line 1: expected content of type 'text' or 'image', got {'type': 'video'"),
     ):
         with pytest.raises(ValueError, match=message):
             load_conversations(write([row]), images)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_placeholders_taken_away_count_towards_max_dropped(write, images, streaming):
+    rows = [chat(f"<image>{number}", image="red.png") for number in range(1100)] + [chat("<image>")] * 12
+    with pytest.raises(
+        ValueError, match=r"(?s)12 of 1,112 rows have missing or corrupt images, or <image> without one.*line 11(01|12): "
+    ):
+        list(load_conversations(write(rows), images, streaming=streaming))
+    assert len(list(load_conversations(write(rows), images, max_dropped=0.02, streaming=streaming))) == 1112
 
 
 def test_a_stream_stops_when_too_many_images_are_bad(write, images):
@@ -315,7 +326,29 @@ def test_links_inside_the_folder_are_fine(write, images, tmp_path):
         ({"conversations": [{"role": "robot", "content": "Hi"}]}, "unknown role 'robot': expected system, user, assistant"),
         ({"conversations": [{"role": "user", "content": 5}]}, "expected a string or a list as content, got int"),
         ({"conversations": [{"role": "user", "content": [{"type": "video"}]}]}, "type 'text' or 'image', got .*video"),
+        ({"conversations": None}, "expected a list of messages as 'conversations', got null"),
+        ({"conversations": "[" * 100_000}, "'conversations' is a string, but not of JSON: it is nested too deeply"),
+        ("[" * 100_000, "the line is not valid JSON .it is nested too deeply"),
+        ({"conversations": [{"role": "user", "content": "a"}], "messages": []}, "both 'conversations' and 'messages'"),
+        ({"conversations": [{"role": "user", "content": None}]}, "expected a string or a list as content, got null"),
+        (
+            {"conversations": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "expected a string as text, got null",
+        ),
+        ({"conversations": [{"role": "user", "content": [{"type": "text"}]}]}, "expected a string as text, got null"),
+        ({"conversations": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool calls"),
+        ({"conversations": [{"role": "assistant", "content": "a", "reasoning_content": ["b"]}]}, "reasoning_content, got list"),
         (chat("<image>", image=5), "expected images as file names or bytes, got int"),
+        (chat("<image>", image="."), "the image '.' names no file"),
+        (chat("<image><image>", image="red.png", images=["blue.png"]), "images in several columns: 'image', 'images'"),
+        (chat("<image>", images=["https://a.example/red.png"]), "is a URL, and training reads files"),
+        (chat("<image>", images=[{"path": "red.png", "url": "blue.png"}]), "an image with several sources: path, url"),
+        (chat([{"type": "image", "url": "https://a.example/red.png"}]), "is a URL, and training reads files"),
+        (chat([{"type": "image", "base64": "iVBORw0KGgo="}]), "base64"),
+        (chat([{"type": "image", "image": "red.png", "path": "blue.png"}]), "an image with several sources: image, path"),
+        (chat([{"type": "image", "file": "red.png"}]), "an image without a source .* got 'file'"),
+        (chat([{"type": "image", "url": "red.png"}, {"type": "image"}]), "1 of 2 image items have no source"),
+        (chat([{"type": "image_url", "image_url": {"url": "red.png"}}]), "type 'text' or 'image', got .*image_url"),
         (chat("a \ud800 b"), "surrogate"),
         ('{"conversations": [{"role": "user", "content": "a \\ud800 b"}]}', "surrogate"),
     ],
@@ -352,6 +385,132 @@ def test_bad_files_are_named(write, images, tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(ValueError, match=r"bad\.parquet: the Parquet file is damaged"):
         load_conversations(tmp_path / "bad.parquet")
+
+
+def test_image_items_name_files_by_any_of_their_keys(write, images):
+    for key in ("image", "path", "url"):
+        dataset = load_conversations(write([chat([{"type": "image", key: "red.png"}, {"type": "text", "text": "Hi"}])]), images)
+        assert contents(dataset) == ["<image>Hi", "red"]
+        assert colours(dataset[0]["images"]) == ["red"]
+
+
+def test_only_regular_files_of_bounded_size_are_read(write, images, monkeypatch):
+    os.mkfifo(images / "pipe.png")
+    (images / "folder.png").mkdir()
+    with open(images / "sparse.png", "wb") as file:
+        file.truncate(10**10)
+    for name, reason in (
+        ("pipe.png", "it is no regular file"),
+        ("folder.png", "it is a folder"),
+        ("sparse.png", "more than 256 MiB"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: .*{name}': .*{reason}"):
+            load_conversations(write([chat("<image>", image=name)]), images)
+        with pytest.raises(ValueError, match="Cannot read the image"):
+            read_image(str(images / name))
+    os.mkfifo(images.parent / "pipe.zip")
+    with pytest.raises(ValueError, match="expected a folder of images or a zip archive"):
+        load_conversations(write([chat("<image>", image="red.png")]), images.parent / "pipe.zip")
+
+
+def test_members_of_archives_are_of_bounded_size(write, tmp_path):
+    """As declared, and as they come out where the archive says less."""
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file, file.open("a.png", "w") as member:
+        for _ in range(257):
+            member.write(bytes(2**20))
+    data_file = write([chat("<image>", image="a.png")])
+    with pytest.raises(ValueError, match="more than 256 MiB"):
+        load_conversations(data_file, archive)
+    size = (257 * 2**20).to_bytes(4, "little")
+    archive.write_bytes(archive.read_bytes().replace(size, (100).to_bytes(4, "little")))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"line 1: .*zip://a\.png.*Bad CRC"):
+        load_conversations(data_file, archive)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_damaged_archives_are_named(write, images, tmp_path):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(images / "red.png", "red.png")
+    whole = archive.read_bytes()
+    place = whole.index(b"PK\x01\x02")
+    archive.write_bytes(whole[:place] + b"XXXX" + whole[place + 4 :])
+    with pytest.raises(ValueError, match=r"images\.zip: the zip archive is damaged"):
+        load_conversations(write([chat("<image>", image="red.png")]), archive)
+
+
+@pytest.mark.parametrize("damage", ["footer", "pages", "text"])
+def test_damaged_parquet_is_named(tmp_path, damage):
+    file = tmp_path / "bad.parquet"
+    conversations = [json.dumps(row["conversations"]) for row in ROWS] * 100
+    if damage == "text":
+        pq.write_table(pa.table({"conversations": pa.array([b"\xff\xfe"]).cast(pa.binary()).view(pa.string())}), file)
+    else:
+        pq.write_table(pa.table({"conversations": conversations}), file, compression="none", use_dictionary=False)
+        whole = bytearray(file.read_bytes())
+        start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little") if damage == "footer" else 4
+        whole[start : start + 40] = b"\xff" * 40
+        file.write_bytes(whole)
+    for options in ({}, {"streaming": True}):
+        with pytest.raises(ValueError, match=r"bad\.parquet: the Parquet file is damaged"):
+            list(load_conversations(file, **options))
+
+
+def test_a_file_holds_images_or_names_them(tmp_path, images):
+    inline = json.dumps(chat([{"type": "image", "image": "red.png"}])["conversations"])
+    file = tmp_path / "mixed.parquet"
+    pq.write_table(pa.table({"conversations": [inline], "image_bytes": pa.array([None], pa.binary())}), file)
+    with pytest.raises(ValueError, match="row 1: the row names an image, but the file holds images"):
+        load_conversations(file, images)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"num_proc": 0}, "num_proc=0"),
+        ({"num_proc": -2}, "num_proc=-2"),
+        ({"max_dropped": 1.5}, "max_dropped=1.5: expected a share from 0 to 1"),
+        ({"max_dropped": float("nan")}, "max_dropped=nan"),
+    ],
+)
+def test_options_out_of_range(write, images, options, error):
+    with pytest.raises(ValueError, match=error):
+        load_conversations(write(ROWS), images, **options)
+
+
+def test_one_report_of_two_data_sets(write, images, processor):
+    report = DataReport()
+    for name, rows in (("a.jsonl", ROWS), ("b.jsonl", [*ROWS, {"conversations": [{"role": "user", "content": "Hi"}]}])):
+        loaded = load_conversations(write(rows, name), images, report=report)
+        tokenize_conversations(loaded, processor, report=report)
+    assert (report.rows, report.kept, report.images) == (7, 6, 6)
+    assert report.dropped == {"the assistant says nothing": 1}
+
+
+def test_rows_are_read_for_other_uses_as_strictly_as_for_training(write, images):
+    rows = [{**row, "kind": "colour"} for row in ROWS]
+    found = list(read_conversations(write(rows), images))
+    assert [raw for _, raw, _ in found] == rows
+    assert found[1][0].endswith("data.jsonl, line 2")
+    assert [row.images for _, _, row in found] == [
+        [str(images / name) for name in names] for names in (["red.png"], ["red.png", "blue.png"], [])
+    ]
+    (images / "bad.png").write_text("no image")
+    (images / "link.png").symlink_to(write(ROWS, "secret.png"))
+    for row, error in (
+        (chat("<image>", image="bad.png"), r"line 4: .*bad\.png"),
+        (chat("<image>", image="link.png"), r"line 4: .*leads out"),
+        (chat("<image>", image="../secret.png"), r"line 4: .*leads out"),
+        (chat("<image>"), r"line 4: 1 <image> placeholders, but 0 images"),
+        ({"conversations": [{"role": "tool", "content": "a"}]}, "line 4: unknown role 'tool'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            list(read_conversations(write([*rows, row]), images))
+    with pytest.raises(ValueError, match=r"There are no rows in .*data\.jsonl"):
+        list(read_conversations(write([""]), images))
 
 
 # ── Tokens ──
@@ -424,6 +583,42 @@ def test_samples_that_do_not_fit_are_dropped_and_counted(write, images, processo
         tokenize_conversations(load_conversations(write(rows[1:2]), images), processor, 20)
     with pytest.raises(ValueError, match="max_length=16: an image alone takes 16 tokens"):
         tokenize_conversations(load_conversations(write(rows), images), processor, 16)
+
+
+def test_a_huge_row_is_cut_before_it_is_tokenised(write, images, monkeypatch):
+    processor = make_processor()
+    text = "lazy dog " * 3_000_000
+    rows = [chat("Hi", text), chat(text), chat("Hi")]
+    rows.append({"conversations": [{"role": "user", "content": "Hi"}] * 100_000 + chat("Hi")["conversations"]})
+    loaded = load_conversations(write(rows), images)
+    lengths = []
+    encode = type(processor.tokenizer).apply_chat_template
+
+    def count(self, conversations, **options):
+        lengths.extend(sum(len(message["content"]) for message in messages) for messages in conversations)
+        return encode(self, conversations, **options)
+
+    monkeypatch.setattr(type(processor.tokenizer), "apply_chat_template", count)
+    report = DataReport()
+    dataset = tokenize_conversations(loaded, processor, 64, report=report)
+    assert max(lengths) < 2000
+    assert dataset["length"][:] == [64, len(dataset[1]["input_ids"])]
+    assert report.dropped == {"the prompt alone exceeds max_length": 2}
+    expected = processor(text=processor.apply_chat_template(chat("Hi", "lazy dog " * 100)["conversations"]))["input_ids"][0][
+        :64
+    ]
+    assert dataset[0]["input_ids"] == list(expected)
+
+
+def test_cutting_the_text_early_changes_no_token(write, images):
+    """A template may leave text out, here all but the last of the thoughts, and a tokenizer marks."""
+    processor = thinking_processor()
+    rows = [chat("Hi", "\n" * 5000 + "red"), chat("Hi", "<think>" + "a" * 5000 + "</think>red"), chat("\ufdd0" * 5000 + "Hi")]
+    loaded = load_conversations(write(rows), images)
+    whole = tokenize_conversations(loaded, processor)
+    cut = tokenize_conversations(loaded, processor, 100)
+    assert [row["input_ids"] for row in cut] == [row["input_ids"][:100] for row in whole]
+    assert [row["labels"] for row in cut] == [row["labels"][:100] for row in whole]
 
 
 def test_work_is_done_once(write, images):

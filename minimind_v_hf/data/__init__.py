@@ -5,6 +5,8 @@
     pack                                         ──►  rows of several samples
     MiniMindVCollator                            ──►  a batch of tensors
 
+`rows.py` describes the formats. `read_conversations` reads the rows of one file for other uses, an evaluation say.
+
 What is wrong with a data set as a whole, a command says:
 
     python -m minimind_v_hf.data check train.jsonl --images images
@@ -12,7 +14,7 @@ What is wrong with a data set as a whole, a command says:
 
 from .collator import MiniMindVCollator, PixelNormalizer
 from .packing import PackedDataset, group_by_fit, pack
-from .reading import DataReport, load_conversations
+from .reading import DataReport, load_conversations, read_conversations
 from .tokenizing import IGNORE_INDEX, SYSTEM_PROMPTS, tokenize_conversations
 
 
@@ -26,5 +28,6 @@ __all__ = [
     "group_by_fit",
     "load_conversations",
     "pack",
+    "read_conversations",
     "tokenize_conversations",
 ]

@@ -26,11 +26,13 @@ from tqdm.auto import tqdm
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from ..processing_minimind_v import MiniMindVProcessor
 from .images import ImageStore, find_problem, open_image_store, read_image_file
-from .rows import Row, RowError, find_files, parse_row, read_rows
+from .rows import Row, RowError, find_files, is_parquet, parquet_errors, parse_row, read_rows
 from .tokenizing import CUT, TOO_LONG, ConversationEncoder
 
 
 _ROWS_AT_ONCE = 512
+LONGEST = 100_000
+"""Tokens of a row are counted to here, or to the largest `max_lengths`: the text of a huge row is not tokenised to its end."""
 
 BAD_ROWS = {
     "json": "lines that are not JSON",
@@ -49,13 +51,13 @@ EMPTY, NO_ANSWER = "rows with an empty answer", "rows in which no assistant spea
 
 @dataclass
 class Findings:
-    """What was seen in a data set.
+    """What a data set holds, and what is wrong with it.
 
     Args:
         rows: rows read, good or bad.
         turns: number of rows by how many answers they have.
         images: number of rows by how many images they have.
-        lengths: of the good rows, in tokens, or in characters where there is no tokenizer.
+        lengths: of the good rows, in tokens (at most `LONGEST`), or in characters where there is no tokenizer.
         problems: examples by the kind of problem.
         duplicates: pairs of sources with the same bytes.
         cuts: number of rows by (maximum length, what becomes of them).
@@ -103,8 +105,8 @@ def check(
             inside = [(where, source) for where, row in parsed for source in row.images if isinstance(source, bytes)]
             sources = [(name, name) for name in sorted(names - seen)] + inside
             inspect = functools.partial(_inspect, store=store)
-            pictures = [source for _, source in sources]
-            inspected = map(inspect, pictures) if pool is None else pool.imap(inspect, pictures, chunksize=16)
+            images = [source for _, source in sources]
+            inspected = map(inspect, images) if pool is None else pool.imap(inspect, images, chunksize=16)
             _measure([row for _, row in parsed], encode, max_lengths or [], findings)  # meanwhile
             seen |= names
             for (label, _), (problem, digest) in zip(sources, inspected, strict=True):
@@ -136,9 +138,8 @@ def _parse(chunk: list[tuple[str, Any]], store: ImageStore | None, findings: Fin
         answers = [message["content"] for message in row.conversations if message["role"] == "assistant"]
         findings.turns[len(answers)] += 1
         findings.images[len(row.images)] += 1
-        if row.removed_placeholders or row.added_placeholders:
-            placeholders = len(row.images) + row.removed_placeholders - row.added_placeholders
-            findings.add_problem(MISMATCH, f"{where}: {placeholders} {IMAGE_PLACEHOLDER}, {len(row.images)} images")
+        if row.mismatch:
+            findings.add_problem(MISMATCH, f"{where}: {row.mismatch}")
         if not answers:
             findings.add_problem(NO_ANSWER, where)
         elif not all(answer.strip() for answer in answers):
@@ -150,20 +151,22 @@ def _measure(rows: list[Row], encode: ConversationEncoder | None, max_lengths: l
     if encode is None:
         findings.lengths += [sum(len(message["content"]) for message in row.conversations) for row in rows]
         return
-    for sample in encode([row.conversations for row in rows]):
-        findings.lengths.append(int(sample.counts.sum()))
+    longest = max(LONGEST, *max_lengths)
+    for sample in encode([row.conversations for row in rows], longest):
+        findings.lengths.append(min(int(sample.counts.sum()), longest))
         findings.cuts.update((max_length, sample.fit(max_length)[1]) for max_length in max_lengths)
 
 
 def _inspect(source: str | bytes, store: ImageStore | None) -> tuple[tuple[str, str] | None, bytes]:
-    """What is wrong with a picture, and a digest of its file."""
+    """What is wrong with an image, and a digest of its file."""
     problem = find_problem(source, store)
     return problem, b"" if problem else hashlib.blake2b(read_image_file(source), digest_size=16).digest()
 
 
 def _count_rows(file: str) -> int:
-    if file.endswith(".parquet"):
-        return pq.read_metadata(file).num_rows
+    if is_parquet(file):
+        with parquet_errors(file):
+            return pq.read_metadata(file).num_rows
     with open(file, "rb") as lines:
         return sum(not line.isspace() for line in lines)
 

@@ -1,12 +1,13 @@
-"""The pictures of a data set: finds them in a folder or a zip archive, reads them, and says what is wrong with one.
+"""The images of a data set: finds them in a folder or a zip archive, reads them, and says what is wrong with one.
 
-Names come from data that somebody else wrote, so none may lead out of the folder.
+Names come from data that somebody else wrote: none may lead out of the folder, wait for a pipe, or fill the memory.
 """
 
 import functools
 import os
+import posixpath
+import stat
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -15,6 +16,9 @@ from PIL import Image
 
 from ..image_reading_minimind_v import load_image
 
+
+MAX_FILE_SIZE = 256 * 2**20
+"""Larger files, in bytes, are not read: an image of as many pixels as `load_image` allows takes this much as RGB."""
 
 _ZIP_SCHEME = "zip://"
 
@@ -30,7 +34,7 @@ class ImageStore:
     root: str
 
     def resolve(self, name: str) -> str:
-        """Where the picture of this name is: a path, or `zip://MEMBER::ARCHIVE`.
+        """Where the image of this name is: a path, or `zip://MEMBER::ARCHIVE`.
 
         Raises:
             ValueError: the name is absolute or climbs with `..`, or no file can have it.
@@ -40,15 +44,17 @@ class ImageStore:
         path = PureWindowsPath(name)  # which takes both kinds of slashes for what they are
         if path.anchor or ".." in path.parts:
             raise ValueError(f"the image {name!r} leads out of {self.root!r}: expected a relative path without '..'")
+        if not path.parts:
+            raise ValueError(f"the image {name!r} names no file")
         if os.path.isdir(self.root):
             return os.path.join(self.root, name)
         members, folder = _members(_archive(self.root))
+        name = posixpath.normpath(name)
         return f"{_ZIP_SCHEME}{name if name in members else folder + name}::{self.root}"
 
     def state(self) -> tuple[int, int] | None:
         """Size and time of an archive: what `resolve` depends on beyond the root."""
-        status = os.stat(self.root)
-        return None if os.path.isdir(self.root) else (status.st_size, status.st_mtime_ns)
+        return None if os.path.isdir(self.root) else file_state(self.root)
 
     def contains(self, source: str) -> bool:
         """Whether a resolved path is inside the folder when every symbolic link is followed."""
@@ -60,12 +66,17 @@ def open_image_store(path: str | os.PathLike) -> ImageStore:
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: it is neither.
+        ValueError: it is neither, or the archive is damaged.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no image folder or zip archive {os.fspath(path)!r}.")
-    if not os.path.isdir(path) and not zipfile.is_zipfile(path):
-        raise ValueError(f"{os.fspath(path)}: expected a folder of images or a zip archive.")
+    if not os.path.isdir(path):
+        if not os.path.isfile(path) or not zipfile.is_zipfile(path):
+            raise ValueError(f"{os.fspath(path)}: expected a folder of images or a zip archive.")
+        try:
+            _archive(os.path.realpath(path))
+        except Exception as error:  # damaged tables of contents fail in many ways
+            raise ValueError(f"{os.fspath(path)}: the zip archive is damaged ({error}).") from error
     return ImageStore(os.path.realpath(path))
 
 
@@ -92,23 +103,37 @@ def read_image_file(source: str | bytes) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file, or no such member in the archive.
-        ValueError: the archive is damaged or encrypted, or the file cannot be read.
+        ValueError: it is no regular file, larger than `MAX_FILE_SIZE`, damaged, encrypted, or cannot be read.
     """
     if isinstance(source, bytes):
         return source
     try:
         if not source.startswith(_ZIP_SCHEME):
+            status = os.stat(source)
+            _check_file(status.st_size, stat.S_ISDIR(status.st_mode), stat.S_ISREG(status.st_mode))
             return Path(source).read_bytes()
         member, _, archive = source.removeprefix(_ZIP_SCHEME).rpartition("::")
-        return _archive(archive).read(member)
-    except (FileNotFoundError, KeyError, IsADirectoryError, NotADirectoryError) as error:
+        info = _archive(archive).getinfo(member)
+        _check_file(info.file_size, info.is_dir())
+        with _archive(archive).open(info) as file:
+            return file.read(info.file_size + 1)  # whatever comes out, and not a byte more than was declared
+    except (FileNotFoundError, KeyError, NotADirectoryError) as error:
         raise FileNotFoundError("there is no such file") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-        raise ValueError(str(error)) from error
+    except Exception as error:  # each compression has errors of its own
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _check_file(size: int, is_folder: bool, is_regular: bool = True) -> None:
+    if is_folder:
+        raise ValueError("it is a folder")
+    if not is_regular:
+        raise ValueError("it is no regular file")
+    if size > MAX_FILE_SIZE:
+        raise ValueError(f"the file has {size:,} bytes, more than {MAX_FILE_SIZE >> 20} MiB")
 
 
 def file_state(source: str) -> tuple[int, int] | None:
-    """Size and time of a picture's file, or of its archive, by which a change shows; None if there is no such file."""
+    """Size and time of an image's file, or of its archive, by which a change shows; None if there is no such file."""
     try:
         status = os.stat(source.rpartition("::")[2] if source.startswith(_ZIP_SCHEME) else source)
     except OSError:
@@ -120,18 +145,17 @@ def read_image(source: Any, min_size: int | None = None) -> Image.Image:
     """`load_image` for whatever a data set's `images` column holds: `zip://MEMBER::ARCHIVE` too.
 
     Raises:
-        ValueError: the picture cannot be read; the message names it.
+        ValueError: the image cannot be read; the message names it.
     """
     try:
-        if isinstance(source, str) and source.startswith(_ZIP_SCHEME):
-            return load_image(read_image_file(source), min_size)
-        return load_image(source, min_size)
+        in_archive = isinstance(source, str) and source.startswith(_ZIP_SCHEME)
+        return load_image(read_image_file(source) if in_archive else source, min_size)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"Cannot read the image {describe(source)}: {error}") from error
 
 
 def find_problem(source: str | bytes, store: ImageStore | None) -> tuple[str, str] | None:
-    """What is wrong with a picture: ("outside", "missing" or "corrupt", reason), or None.
+    """What is wrong with an image: ("outside", "missing" or "corrupt", reason), or None.
 
     It is decoded to its last byte, which for a JPEG costs a third of full decoding: the smallest of its sizes is asked for.
     """
