@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CompileConf
 from transformers import __version__ as transformers_version
 
 import minimind_v_hf  # noqa: F401 (registers the Auto classes)
-from minimind_v_hf.quantization import quantize_int8
-from minimind_v_hf.training import has_fast_bf16, matmul_rate, training_flops
+from minimind_v_hf.quantization import has_fast_bf16, quantize_int8
+from minimind_v_hf.training import matmul_rate, training_flops
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,12 +1,18 @@
-"""One conversation with a saved model: its messages, its pictures, and the key/value cache that it goes on from.
+"""Answers of a saved model: to a list of questions in batches, and in a conversation that goes on from its key/value cache.
+
+    model, processor = load_model("runs/quickstart/model")
+    conversation = Conversation(model, processor)
+    conversation.attach(image="photo.jpg")
+    print(conversation.ask("What colour is the shape at the top left?").text)
 
 A further question encodes only what is new: the conversation is rendered anew by the folder's chat template, and the tokens
-that it shares with those in the cache are kept. So each picture passes the encoder once, and the answers are those of a
-conversation without a cache. `chat.py` and `web_demo.py` talk through this.
+that it shares with those in the cache are kept. So each image passes the encoder once, and the answers are those of a
+conversation without a cache.
 """
 
 import argparse
 import contextlib
+import json
 import mimetypes
 import os
 import threading
@@ -18,9 +24,11 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     DynamicCache,
     PreTrainedModel,
     ProcessorMixin,
@@ -28,51 +36,139 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from .modeling_minimind_v import CACHE
+from .quantization import has_fast_bf16, quantize_int8
 
+
+logger = logging.get_logger(__name__)
 
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
 
-def load_model(folder: str, precision: str = "float32", **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
+# ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a folder or Hub id, on the GPU where there is one, and its processor.
 
-    A folder carries its own code, which is what `trust_remote_code` allows to run. Where the package minimind_v_hf is
-    installed it is imported, and transformers then prefers the package's code to the folder's.
+    The code is this package's for MiniMind-V; another kind of model runs the code in its folder (`trust_remote_code`).
 
     Args:
         folder: path or Hub id.
         precision: "float32", "bfloat16", "int8" for decoder weights rounded to int8, the rest being bfloat16 where the machine
-            multiplies that in hardware and float32 elsewhere, or "auto" for the fastest: bfloat16 on a GPU, and on a CPU
-            int8, or float32 without the package.
+            multiplies that in hardware and float32 elsewhere, or "auto" for the fastest: bfloat16 on a GPU, int8 on a CPU.
         kwargs: of `from_pretrained` of the model.
 
     Raises:
-        ImportError: "int8" without the package.
-        ValueError: there is no such model, or it cannot be loaded, with the reason.
+        ValueError: there is no such model, it cannot be loaded, or it lacks weights; the message has the reason.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantize, fast_bf16 = None, False
-    try:
-        from .quantization import quantize_int8 as quantize
-        from .training.metering import has_fast_bf16
-
-        fast_bf16 = has_fast_bf16()
-    except ImportError:
-        if precision == "int8":
-            raise ImportError("int8 weights need the package minimind_v_hf: pip install -e . where it lies") from None
+    folder, device = os.fspath(folder), "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "int8" if quantize else "float32"
-    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and fast_bf16) else torch.float32
+        precision = "bfloat16" if device == "cuda" else "int8"
+    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and has_fast_bf16()) else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
-        missing = "" if Path(folder).is_dir() else "there is no such folder, and on the Hub: "
-        raise ValueError(f"Cannot load the model {folder!r}: {missing}{error}") from error
+        processor.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        # Other shapes are let pass here, so that all that is wrong is in one message below, and no table precedes it
+        with _quiet_loading():
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                folder, trust_remote_code=True, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+    except Exception as error:  # a damaged file may raise anything in the libraries that read it
+        raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
+    shapes = [f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in loading["mismatched_keys"]]
+    problems = {"no weights for": sorted(loading["missing_keys"]), "weights of other shapes than its config says:": shapes}
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"Cannot load the model {folder!r}: it has {problem} {', '.join(names[:3])}{more}. Save it again.")
+    if loading["unexpected_keys"]:
+        logger.warning(f"{folder}: not used are the weights {', '.join(sorted(loading['unexpected_keys']))}")
     model = model.to(device).eval()
-    return (quantize(model) if precision == "int8" else model), processor
+    return (quantize_int8(model) if precision == "int8" else model), processor
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Why a model could not be loaded, in one line, with the file that is to blame where it can be told."""
+    if not folder.is_dir():
+        return f"there is no such folder, and on the Hub: {_one_line(error)}"
+    if not (folder / "config.json").is_file():
+        return "the folder has no config.json"
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".json" and not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("expected an object in braces")
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError) as damage:
+            return f"{path.name} is damaged ({_one_line(damage)})"
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:300] + " …"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End a program with exit code 2 and the reason, where the reason is what it was given."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+# ── A list of questions ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_questions(processor: ProcessorMixin, conversations: list[list[dict]], images: list[list[Any]]) -> BatchFeature:
+    """A batch of prompts, padded on the left.
+
+    Args:
+        processor: of the model that will answer.
+        conversations: messages, of which the last is a question.
+        images: of each conversation, in the order of their placeholders: whatever the processor takes.
+    """
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    return processor(text=prompts, images=images if any(images) else None, padding=True, return_tensors="pt")
+
+
+def answer_questions(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature, **options) -> list[str]:
+    """The answers to a batch of prompts: greedy, and of at most 64 tokens, unless `options` of `generate` say otherwise.
+
+    Args:
+        model: in any mode, which it keeps.
+        processor: of the model.
+        inputs: as `encode_questions` gives them, which may be on another device.
+    """
+    training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            **inputs.to(model.device), **{"max_new_tokens": 64, "do_sample": False, "use_cache": True, **options}
+        )
+    finally:
+        model.train(training)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+# ── A conversation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def url_path(url: str) -> str:
@@ -95,15 +191,6 @@ def media_kind(source: str) -> str | None:
     return kind.partition("/")[0] if kind.startswith(("image/", "video/")) else None
 
 
-@contextlib.contextmanager
-def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End a program with its usage and the reason, where the reason is what it was given."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        parser.error(str(error))
-
-
 @dataclass
 class Answer:
     """What a question brought.
@@ -113,7 +200,7 @@ class Answer:
         tokens: how many tokens it has, the end token included.
         cached_tokens: tokens of the prompt that the cache held already.
         new_tokens: tokens of the prompt that were encoded now.
-        new_images: pictures that were encoded now.
+        new_images: images that were encoded now.
         first_token_seconds: until the first token, encoding included.
         seconds: until the last token.
         stopped: the answer was cut short by `stop`.
@@ -148,7 +235,7 @@ class _Watch(StoppingCriteria):
 
 
 class Conversation:
-    """Messages with pictures, and their cache.
+    """Messages with images, and their cache.
 
     Args:
         model: as `load_model` gives it.
@@ -163,15 +250,15 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was said and shown."""
+        """Forget all messages and images."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
-        self.pixel_values: list[torch.Tensor] = []  # one (1, 3, height, width) per picture
+        self.pixel_values: list[torch.Tensor] = []  # one (1, 3, height, width) per image
         self.cached_ids: list[int] = []
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self._attached: list[torch.Tensor] = []
 
     def attach(self, *, image: Any = None, video: Any = None) -> int:
-        """Read a picture or a video, which goes before the next question. Returns the number of pictures that it makes.
+        """Read an image or a video, which goes before the next question. Returns the number of images that it makes.
 
         Raises:
             ValueError: it cannot be read, with the reason.
@@ -201,14 +288,14 @@ class Conversation:
             question: what to ask.
             max_new_tokens: longest answer.
             streamer: is given the tokens as they come.
-            stop: when set, the answer ends after the current token; what was said by then stays in the conversation.
+            stop: when set, the answer ends after the current token; what was written by then stays in the conversation.
             sampling: of `generate`.
 
         Raises:
             ValueError: the conversation is longer than the model's positions. It is then as it was before the question.
         """
-        question = question.encode(errors="replace").decode()  # what was typed may not be text
-        # Pictures as in the training data: in front, then a line break
+        question = question.encode(errors="replace").decode()  # half a surrogate pair is no text
+        # Images as in the training data: in front, then a line break
         content: list[dict] = [{"type": "image"}] * len(self._attached)
         content.append({"type": "text", "text": ("\n" if content else "") + question})
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -216,9 +303,10 @@ class Conversation:
         ids = self._token_ids(messages, len(pixel_values))
         room = self.model.config.get_text_config().max_position_embeddings - len(ids)
         if room < 1:
+            fewer = "show it fewer images, " if pixel_values else ""
             raise ValueError(
-                f"The conversation has grown to {len(ids)} tokens, and this model has positions for {len(ids) + room}. "
-                "Start a new one, or show it fewer pictures."
+                f"The conversation has grown to {len(ids)} tokens, and this model has positions for {len(ids) + room}: "
+                f"shorten the question, {fewer}or start a new conversation."
             )
 
         kept = self._keep_shared(ids)
@@ -231,17 +319,16 @@ class Conversation:
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             **images,
-            **{CACHE: self.cache},
             max_new_tokens=min(max_new_tokens, room),
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([watch]),
-            **{"do_sample": False, **sampling},
+            **{CACHE: self.cache, "do_sample": False, **sampling},
         )[0].tolist()
         seconds = time.perf_counter() - watch.start
 
         self.cached_ids = output[:-1]  # the last token was drawn, but not yet read
         text = self.processor.tokenizer.decode(output[len(ids) :], skip_special_tokens=True)
-        # As a list: in a string, an <image> that the model wrote would stand for a picture
+        # As a list: in a string, an <image> that the model wrote would stand for an image
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         self.pixel_values, self._attached = pixel_values, []
         return Answer(
@@ -269,7 +356,7 @@ class Conversation:
         """
         limit = min(len(ids) - 1, len(self.cached_ids))  # the last token must be read to go on from
         kept = next((i for i in range(limit) if ids[i] != self.cached_ids[i]), limit)
-        # A picture is kept whole or not at all
+        # An image is kept whole or not at all
         while kept and ids[:kept].count(self.processor.image_token_id) % self.processor.image_seq_length:
             kept -= 1
         if surplus := self.cache.get_seq_length() - kept:

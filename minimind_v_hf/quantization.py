@@ -15,6 +15,14 @@ from .modeling_minimind_v import MiniMindExperts
 MAX_KERNEL_ROWS = 16  # the kernel reads the weights well, but multiplies slowly: above this, float products win
 
 
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+
+
 class Int8Linear(nn.Module):
     """A linear layer without bias over int8 weights.
 

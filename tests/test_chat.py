@@ -1,6 +1,7 @@
 """Talking with a model: the cache changes nothing but the time, and the terminal understands what people type."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 import torch
 from chat import main, split_line
 from conftest import MOE, make_image, make_model, make_processor
+from safetensors.torch import load_file, save_file
 from transformers import TextIteratorStreamer
 
-from minimind_v_hf.chat import Conversation
+from minimind_v_hf.chat import Conversation, answer_questions, encode_questions, load_model
 
 
 CHAT = Path(__file__).parents[1] / "examples" / "chat.py"
+EXTRAS = {"attention_map.py": "matplotlib", "export_onnx.py": "onnxscript", "web_demo.py": "gradio"}
 
 
 @pytest.fixture(scope="module", params=[None, MOE], ids=["dense", "moe"])
@@ -69,6 +72,20 @@ def test_a_conversation_has_the_answers_of_one_without_a_cache(model):
     assert (again.text, again.cached_tokens) == (messages[1]["content"][0]["text"], 0)
 
 
+def test_a_batch_of_questions_has_the_answers_of_each_alone(model):
+    processor = make_processor()
+    questions = [[{"role": "user", "content": text}] for text in ("<image>\nWhat colour?", "Two?", "<image><image>图中")]
+    images = [[make_image()], [], [make_image("blue"), make_image("green")]]
+    model.train()
+    together = answer_questions(model, processor, encode_questions(processor, questions, images), max_new_tokens=9)
+    assert model.training
+    model.eval()
+    for question, shown, answer in zip(questions, images, together, strict=True):
+        content = [{"type": "image", "image": image} for image in shown]
+        content.append({"type": "text", "text": question[0]["content"].replace("<image>", "")})
+        assert answer == without_cache(model, processor, [{"role": "user", "content": content}], 9).strip()
+
+
 def test_an_answer_can_be_stopped_and_the_conversation_goes_on(processor):
     torch.manual_seed(3)
     model = make_model()
@@ -101,7 +118,92 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(processor):
         conversation.ask("What now?")
     assert conversation.messages == before
     conversation.detach()
+    with pytest.raises(ValueError, match="192: shorten the question, or start a new conversation"):
+        conversation.ask("What now? " * 100)  # the images are not to blame
     assert conversation.ask("Hm", max_new_tokens=500).tokens < 192
+
+
+def spoil_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+NORM = "model.language_model.norm.weight"
+SPOILED = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "cut weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000]),
+        "model.safetensors is damaged",
+    ),
+    "garbage": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 500), "model.safetensors is damaged"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
+    "other weights": (
+        lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"}),
+        "no weights for lm_head.weight, model.language_model.embed_tokens.weight, .* more",
+    ),
+    "one weight less": (
+        lambda folder: spoil_weights(folder, lambda weights: weights.pop(NORM)),
+        "no weights for model.language_model.norm.weight. ",
+    ),
+    "another shape": (
+        lambda folder: spoil_weights(
+            folder, lambda weights: weights.update({"model.language_model.norm.weight": torch.ones(7)})
+        ),
+        r"weights of other shapes than its config says: model.language_model.norm.weight is \(7,\), expected \(32,\)",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "the folder has no config.json"),
+    "null as config": (lambda folder: (folder / "config.json").write_text("null"), "config.json is damaged"),
+    "half a config": (lambda folder: (folder / "config.json").write_text('{"model_type"'), "config.json is damaged"),
+    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
+    "bad template": (lambda folder: (folder / "chat_template.jinja").write_text("{% garbage"), "unknown tag 'garbage'"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED)
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path, capfd, spoil, reason):
+    make_model().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    spoil(tmp_path / "model")
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=f"^Cannot load the model .*: .*{reason}") as error:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert "MISSING" not in capfd.readouterr().err
+
+
+def test_a_tied_head_is_no_missing_weight(tmp_path):
+    make_model({"tie_word_embeddings": True}).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model, _ = load_model(tmp_path)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("script", ["chat.py", "evaluate.py", "attention_map.py", "export_onnx.py", "web_demo.py"])
+def test_every_example_refuses_a_folder_without_its_weights(tmp_path, script):
+    if script in EXTRAS:
+        pytest.importorskip(EXTRAS[script])
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "data.jsonl").write_text(
+        '{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]}'
+    )
+    options = {
+        "chat.py": ["What?"],
+        "evaluate.py": ["--data", "data.jsonl", "--images", ".", "--output", "answers.jsonl"],
+        "attention_map.py": ["--image", "a.png", "What?"],
+        "export_onnx.py": ["--output", "onnx"],
+        "web_demo.py": [],
+    }
+    command = [sys.executable, str(CHAT.with_name(script)), "--model", ".", *options[script]]
+    environment = os.environ | {"PYTHONPATH": str(CHAT.parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{script}: error: Cannot load the model '.': it has no weights for lm_head.weight")
+    assert "Traceback" not in done.stderr
 
 
 def test_lines_as_people_type_and_terminals_paste_them(tmp_path):
@@ -161,7 +263,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     process = start(folder, "--max-new-tokens", "90000")
     process.stdin.write("Talk\n")
     process.stdin.flush()
-    process.stdout.read(20)  # it talks
+    assert select.select([process.stdout], [], [], 120)[0], "no answer within two minutes"
     process.send_signal(signal.SIGINT)
     # Both pipes are read, lest the program wait for its reader
     threading.Thread(target=process.stdout.read, daemon=True).start()
@@ -181,7 +283,8 @@ def test_ctrl_c_stops_a_download_and_not_the_program(folder):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the request, and never answers
         process.stdin.write(f"/image http://127.0.0.1:{silent.getsockname()[1]}/a.png\n")
         process.stdin.flush()
-        silent.accept()[0].recv(100)
+        connection, _ = silent.accept()
+        connection.recv(100)
         process.send_signal(signal.SIGINT)
         process.stdin.buffer.write(b"Is \xff\xfe text?\n")
         _, log = process.communicate(timeout=300)

@@ -13,7 +13,7 @@ from .arguments import (
 from .checkpoints import encoder_digest, load_checkpoint
 from .features import CachedFeaturesCollator, FeatureCache, encode_images
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
-from .metering import StepMeter, has_fast_bf16, matmul_rate, training_flops
+from .metering import StepMeter, matmul_rate, training_flops
 from .trainer import MiniMindVTrainer
 
 
@@ -29,7 +29,6 @@ __all__ = [
     "encode_images",
     "encoder_digest",
     "freeze",
-    "has_fast_bf16",
     "is_frozen",
     "load_checkpoint",
     "load_data",

@@ -29,9 +29,9 @@ from ..configuration_minimind_v import MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
+from ..quantization import has_fast_bf16
 from .features import CachedFeaturesCollator, encode_images
 from .freezing import TRAINABLE
-from .metering import has_fast_bf16
 
 
 @dataclass

@@ -49,14 +49,6 @@ def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]
     return flops
 
 
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = torch.cpu.get_capabilities()
-    return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
-
-
 def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
     """Floating-point operations a second of a large matrix product, as measured here and now: best of five."""
     side = 8192 if device.type == "cuda" else 1024
