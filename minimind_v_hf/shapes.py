@@ -115,7 +115,7 @@ def descriptions(scene: Scene, rng: random.Random) -> list[Question]:
 
 def ask(scene: Scene, turns: int, rng: random.Random) -> list[Question]:
     """So many different questions about a scene, or as many as there are, every kind as likely as the others."""
-    possible, asked = questions(scene), []
+    possible, asked = questions(scene), list[Question]()
     while possible and len(asked) < turns:
         kind = rng.choice(sorted({question.kind for question in possible}))
         asked.append(rng.choice([question for question in possible if question.kind == kind]))
