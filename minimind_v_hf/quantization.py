@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .modeling_minimind_v import MiniMindExperts
 
 
+KERNEL_STEP = 64  # input features that the kernel may read at a time: it reads past the end of a matrix that is not so wide
 MAX_KERNEL_ROWS = 16  # the kernel reads the weights well, but multiplies slowly: above this, float products win
 
 
@@ -30,7 +31,7 @@ class Int8Linear(nn.Module):
         weight: what is rounded, (out, in).
     """
 
-    weight: torch.Tensor  # (out, in), int8
+    padded_weight: torch.Tensor  # (out, in rounded up to a multiple of KERNEL_STEP), int8, with zeros beyond `in`
     scale: torch.Tensor  # (out,), bfloat16
 
     def __init__(self, weight: torch.Tensor):
@@ -39,14 +40,21 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         # Rounded before it divides, so that weight and scale belong together
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
-        self.register_buffer("weight", (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("padded_weight", F.pad(rounded, (0, -self.in_features % KERNEL_STEP)))
         self.register_buffer("scale", scale)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rounded weight, (out, in)."""
+        return self.padded_weight[:, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         if rows.shape[0] > MAX_KERNEL_ROWS or x.device.type != "cpu":
             return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        output = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+        rows = F.pad(rows.bfloat16(), (0, -self.in_features % KERNEL_STEP))
+        output = torch._weight_int8pack_mm(rows, self.padded_weight, self.scale)
         return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _save_to_state_dict(self, *args, **kwargs):

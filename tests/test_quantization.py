@@ -1,5 +1,9 @@
 """int8 weights: what is rounded, by how much, and that answers go on as before."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import MOE, make_model
@@ -38,6 +42,41 @@ def test_the_product_is_that_of_the_rounded_weights(rows):
     # bfloat16 keeps 8 bits of each factor and of the result
     assert (output - exact).abs().max() < 2**-7 * exact.abs().max()
     assert (output - linear(x)).abs().max() < 0.02 * exact.abs().max()
+
+
+# In a process of its own, which a kernel that reads beyond its matrices takes down
+ODD_SIZES = """
+import torch
+from minimind_v_hf.quantization import Int8Linear
+
+print(torch.backends.cpu.get_cpu_capability())
+for rows, inputs, outputs in [
+    (1, 8, 8), (2, 8, 8), (2, 4, 3), (6, 40, 7), (1, 1, 1), (16, 72, 216), (128, 344, 128), (5, 500, 512), (1, 216, 72), (3, 33, 65)
+]:
+    linear = Int8Linear(torch.randn(outputs, inputs))
+    x = torch.randn(rows, inputs)
+    exact = x @ (linear.weight.float() * linear.scale.float()[:, None]).T
+    assert (linear(x) - exact).abs().max() < 2**-6 * exact.abs().max(), (rows, inputs, outputs)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", None])
+def test_every_size_is_right_on_every_cpu(capability):
+    environment = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+    command = [sys.executable, "-c", ODD_SIZES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_width_of_72_generates():
+    model = quantize_int8(make_model({"hidden_size": 72, "head_dim": 10, "intermediate_size": 100}))
+    ids = torch.arange(10, 20)[None]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    with torch.no_grad():
+        by_hand = ids
+        for _ in range(4):
+            by_hand = torch.cat((by_hand, model(by_hand, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    assert model.generate(ids, **options).tolist() == by_hand.tolist()
 
 
 @pytest.mark.parametrize("variant", [None, MOE], ids=["dense", "moe"])
