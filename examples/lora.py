@@ -4,20 +4,23 @@
         --output_dir runs/lora
 
 Leaves the adapter in `adapter/`, a few MB to be loaded beside the model that it was trained for, and in `merged/` a model of
-its own, with the adapter worked in. Takes the arguments of sft.py too, of which --trainable, --save_encoder and --samples
-mean nothing here. Needs peft (`pip install -e ".[lora]"`).
+its own, with the adapter worked in. Stopped or killed, the same command goes on from the last complete checkpoint. Needs
+peft (`pip install -e ".[lora]"`).
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minimind_v_hf.training import MiniMindVTrainer, checkpoint_to_resume, load_data, load_start, make_collator, parse_arguments
+from minimind_v_hf.training import (
+    MiniMindVTrainer,
+    checkpoint_to_resume,
+    errors_in_one_line,
+    load_data,
+    load_start,
+    make_collator,
+    parse_arguments,
+)
 
-
-try:
-    from peft import LoraConfig, PeftModel, get_peft_model
-except ImportError:
-    raise SystemExit('LoRA needs peft: pip install -e ".[lora]"') from None
 
 RECIPE = {
     "learning_rate": 2e-4,
@@ -41,8 +44,10 @@ class LoraArguments:
 
 
 def main() -> None:
-    run, args, lora = parse_arguments(RECIPE, __doc__, LoraArguments)
-    checkpoint = checkpoint_to_resume(args)
+    run, args, lora = parse_arguments(RECIPE, __doc__, LoraArguments, needs={"peft": "lora"})
+    from peft import LoraConfig, PeftModel, get_peft_model  # here, so that --help needs it not
+
+    checkpoint = checkpoint_to_resume(args, finished="merged/config.json")
 
     # ── Model ──
     base, processor = load_start(run, args.seed)
@@ -61,12 +66,13 @@ def main() -> None:
 
     # ── Data ──
     data = load_data(run, args, processor)
+    collator = make_collator(run, args, processor, base, data)
 
     # ── Training ──
     trainer = MiniMindVTrainer(
         model=model,
         args=args,
-        data_collator=make_collator(run, args, processor, base, data),
+        data_collator=collator,
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,
@@ -86,4 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

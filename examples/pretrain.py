@@ -1,4 +1,4 @@
-"""Stage 1: teach the projector to show pictures to the language model.
+"""Stage 1: teach the projector to bring images to the language model.
 
     accelerate launch examples/pretrain.py --model runs/start --data_files pretrain.jsonl --image_folder images \\
         --output_dir runs/pretrain
@@ -10,11 +10,12 @@ Flags may stand in a YAML or JSON file, which comes first; several cards need a 
 Stopped or killed, the same command goes on from the last complete checkpoint. The defaults are MiniMind-V's own recipe.
 """
 
-from typing import Any
-
 from minimind_v_hf.training import (
     MiniMindVTrainer,
+    SampleSheet,
+    StageArguments,
     checkpoint_to_resume,
+    errors_in_one_line,
     freeze,
     load_data,
     load_start,
@@ -22,7 +23,6 @@ from minimind_v_hf.training import (
     parameter_table,
     parse_arguments,
 )
-from minimind_v_hf.training.reports import SampleSheet
 
 
 RECIPE = {
@@ -34,30 +34,30 @@ RECIPE = {
 }
 
 
-def main(recipe: dict[str, Any], description: str | None) -> None:
-    """Train with these defaults, as the command line says; of both stages."""
-    run, args = parse_arguments(recipe, description)
+def main() -> None:
+    run, args, stage = parse_arguments(RECIPE, __doc__, StageArguments, needs={"matplotlib": "train"})
     checkpoint = checkpoint_to_resume(args)
 
     # ── Model ──
     model, processor = load_start(run, args.seed)
-    freeze(model, run.trainable)
+    freeze(model, stage.trainable)
     if args.should_log:
         print(parameter_table(model))
 
     # ── Data ──
     data = load_data(run, args, processor)
+    collator = make_collator(run, args, processor, model, data)
 
     # ── Training ──
     trainer = MiniMindVTrainer(
         model=model,
         args=args,
-        data_collator=make_collator(run, args, processor, model, data),
+        data_collator=collator,
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,
-        callbacks=[SampleSheet(data.held_out_conversations.take(run.samples), processor)] if data.held_out else None,
-        save_encoder=run.save_encoder,
+        callbacks=[SampleSheet(data.held_out_conversations.take(stage.samples), processor)] if data.held_out else None,
+        save_encoder=stage.save_encoder,
         data_counts=data.reports,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -68,4 +68,5 @@ def main(recipe: dict[str, Any], description: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(RECIPE, __doc__)
+    with errors_in_one_line():
+        main()

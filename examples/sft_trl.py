@@ -6,30 +6,47 @@
 Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs TRL (`pip install -e ".[trl]"`).
 """
 
-import sft
-
-from minimind_v_hf.training import freeze, load_data, load_start, make_collator, parameter_table, parse_arguments
+from minimind_v_hf.training import (
+    FreezingArguments,
+    claim_new_output_dir,
+    errors_in_one_line,
+    freeze,
+    load_data,
+    load_start,
+    make_collator,
+    parameter_table,
+    parse_arguments,
+)
 
 
 try:
     from trl import SFTConfig, SFTTrainer
 except ImportError:
-    raise SystemExit('This script needs TRL: pip install -e ".[trl]"') from None
+    raise SystemExit(f'{__doc__}\nTRL is not installed: pip install -e ".[trl]"') from None
 
-RECIPE = {**sft.RECIPE, "gradient_checkpointing": False}
+RECIPE = {
+    "trainable": "llm",
+    "learning_rate": 1e-6,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "max_length": 1536,
+    "gradient_checkpointing": False,
+}
 
 
 def main() -> None:
-    run, args = parse_arguments(RECIPE, __doc__, training=SFTConfig)
+    run, args, freezing = parse_arguments(RECIPE, __doc__, FreezingArguments, training=SFTConfig)
+    claim_new_output_dir(args)
 
     # ── Model ──
     model, processor = load_start(run, args.seed)
-    freeze(model, run.trainable)
+    freeze(model, freezing.trainable)
     if args.should_log:
         print(parameter_table(model))
 
     # ── Data ──
     data = load_data(run, args, processor)
+    collator = make_collator(run, args, processor, model, data, uint8_pixels=False)
 
     # ── Training ──
     if not getattr(model.config.text_config, "num_experts", 0):
@@ -37,7 +54,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=args,
-        data_collator=make_collator(run, args, processor, model, data, uint8_pixels=False),
+        data_collator=collator,
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=processor,
@@ -47,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -6,8 +6,10 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import random
+import re
 import resource
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +36,10 @@ from minimind_v_hf.training import (
     CachedFeaturesCollator,
     MiniMindVTrainer,
     RunArguments,
+    SampleSheet,
+    StageArguments,
     checkpoint_to_resume,
+    checkpoints,
     encode_images,
     freeze,
     load_checkpoint,
@@ -46,7 +51,6 @@ from minimind_v_hf.training import (
     parse_arguments,
     training_flops,
 )
-from minimind_v_hf.training.reports import SampleSheet
 
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +380,7 @@ def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):
     assert trainer.state.log_history[-2]["eval_loss"] == pytest.approx(expected, abs=1e-5)
     trainer.compute_metrics = lambda prediction: {}  # which wants the logits
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert trainer._held_out.dtype == torch.float64
 
 
 def test_samples_are_drawn_from_a_zip_archive_and_without_a_question(home, tmp_path):
@@ -407,6 +412,9 @@ def test_light_checkpoints_leave_the_encoder_out_and_get_it_back(home, rows, tmp
         loaded = load_checkpoint(tmp_path / "checkpoint-4", encoder).state_dict()
         assert loaded.keys() == trained.keys()
         assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-1 is no complete checkpoint: it has no minimind_v_run.json"):
+        load_checkpoint(tmp_path / "checkpoint-1")
     for auto in (AutoModelForImageTextToText, MiniMindVForConditionalGeneration):  # not with an encoder of random weights
         with pytest.raises(ValueError, match=r"without its image encoder: load it with .*load_checkpoint"):
             auto.from_pretrained(tmp_path / "checkpoint-4")
@@ -480,14 +488,121 @@ class FillDisk(TrainerCallback):
 def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrupted):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(Exception, match=r"(?i)file too large"):
+        with pytest.raises(OSError, match=r"(?i)checkpoint-8 could not .*file too large.*checkpoint-4 is saved, and"):
             make_trainer(home, rows, tmp_path, callbacks=[FillDisk()]).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "_run.lock"}
     trainer = make_trainer(home, rows, tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-6)
+
+
+def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with (
+        pytest.raises(OSError, match=r"checkpoint-4 could not be written, the disk is full: .*No space left"),
+        checkpoints.explained_failure(tmp_path / "checkpoint-4", str(tmp_path)),
+    ):
+        raise RuntimeError("No space left on device")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(home, rows, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    make_trainer(home, rows, folder, max_steps=8).train()
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+
+
+@pytest.mark.parametrize("harm", [cut, spoil, Path.unlink], ids=["cut", "spoiled", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two_checkpoints, tmp_path, monkeypatch, name, harm):
+    said = []
+    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True)
+    assert checkpoint_to_resume(args) == str(folder / "checkpoint-8")
+    harm(folder / "checkpoint-8" / name)
+    assert checkpoint_to_resume(args) == str(folder / "checkpoint-4")
+    (warning,) = said
+    assert f"{folder / 'checkpoint-8' / name} is {'missing' if harm is Path.unlink else 'damaged'}." in warning
+    args.resume_from_checkpoint = str(folder / "checkpoint-8")
+    with pytest.raises(ValueError, match=f"checkpoint-8/{name} is"):
+        checkpoint_to_resume(args)
+    spoil(folder / "checkpoint-4" / "minimind_v_run.json")
+    args.resume_from_checkpoint = None
+    with pytest.raises(ValueError, match=f"No checkpoint in .* can be used: .*checkpoint-8/{name} is"):
+        checkpoint_to_resume(args)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed(home, rows, tmp_path):
+    make_trainer(home, rows, tmp_path, max_steps=4, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"checkpoint-4 has no optimizer"):
+        make_trainer(home, rows, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_none_more(home, rows, two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    mark = tmp_path / "run" / "checkpoint-8" / "minimind_v_run.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"seconds": 1000.0}))
+    trainer = make_trainer(home, rows, tmp_path / "run", max_steps=8)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    assert len(losses(trainer)) == 8
+    trainer.save_model()
+    trainer.create_model_card()
+    # And its card counts the time of all its parts
+    assert re.search(r"\| training time \| 10\d\d s \|", (tmp_path / "run" / "README.md").read_text())
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """Not even after a crash: the lock ends with its process."""
+    code = (
+        "import sys\n"
+        "from minimind_v_hf.training.checkpoints import claim_output_dir\n"
+        "claim_output_dir(sys.argv[1])\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"Another run is writing into {tmp_path}"):
+                checkpoint_to_resume(args)
+        finally:
+            other.kill()
+    assert checkpoint_to_resume(args) is None
+    assert checkpoint_to_resume(args) is None  # once more in the same process
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_is_saved(home, rows, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is saved, and the same command goes on from there"):
+        make_trainer(home, rows, tmp_path, callbacks=[Interrupt()]).train()
+    with pytest.raises(KeyboardInterrupt, match="No checkpoint is saved yet: the same command starts from the beginning"):
+        make_trainer(home, rows, tmp_path / "other", callbacks=[Interrupt()], save_strategy="no").train()
 
 
 # ── The scripts, as real processes ───────────────────────────────────────────────────────────────────────────────────
@@ -497,7 +612,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, rows, tmp_path, uninterrup
 def launch(home):
     """Starts an example script with the file of arguments, in processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minimind_v_hf.training.reports"])
+    context.set_forkserver_preload(["minimind_v_hf.training"])
     saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "HF_DATASETS_CACHE")}
     # The folder of a script is on the path of whoever starts it
     os.environ |= {
@@ -546,6 +661,90 @@ def run_script(argv: list[str], environment: dict[str, str], log: Path) -> None:
     runpy.run_path(argv[0], run_name="__main__")
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("pretrain.py", ["--data_files", "{tmp}/none.jsonl"], "none.jsonl"),
+        ("pretrain.py", ["--data_files", "{tmp}/bad.jsonl", "--strict"], "bad.jsonl"),
+        ("pretrain.py", ["--model", "{tmp}/none"], "none"),
+        ("sft.py", ["--model", "{tmp}/empty"], "Cannot load {tmp}/empty: Error while deserializing header"),
+        ("sft.py", ["--resume_from_checkpoint", "{tmp}/checkpoint-1"], "checkpoint-1 is unfinished, or of another trainer"),
+        ("lora.py", ["--trainable", "llm"], "lora.py: error: unrecognized arguments: --trainable llm"),
+        ("sft_trl.py", ["--save_encoder", "true"], "sft_trl.py: error: unrecognized arguments: --save_encoder true"),
+        ("sft_trl.py", ["--output_dir", "{home}/start"], "start holds the model of a finished run"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(home, launch, tmp_path, script, arguments, message):
+    (tmp_path / "bad.jsonl").write_text('{"conversations": [}\n')
+    shutil.copytree(home / "start", tmp_path / "empty")
+    cut(tmp_path / "empty" / "model.safetensors")
+    arguments = [argument.format(tmp=tmp_path, home=home) for argument in arguments]
+    done = launch(tmp_path / "run", *arguments, script=script)
+    assert done.returncode == 2, done.output
+    assert "Traceback" not in done.output
+    last = done.output.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: error: ")
+    assert message.format(tmp=tmp_path) in last
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+from minimind_v_hf.training import MiniMindVTrainer
+
+step = MiniMindVTrainer.training_step
+
+def interrupted(self, *args, **kwargs):
+    if self.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self, *args, **kwargs)
+
+MiniMindVTrainer.training_step = interrupted
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_says_what_is_saved_in_one_line(launch, tmp_path):
+    driver = tmp_path / "interrupted.py"
+    driver.write_text(INTERRUPTED)
+    stopped = launch(tmp_path / "run", before=[driver])
+    assert stopped.returncode == 130, stopped.output[-3000:]
+    assert "Traceback" not in stopped.output
+    saved = tmp_path / "run" / "checkpoint-4"
+    assert f"sft.py: stopped. {saved} is saved, and the same command goes on from there.\n" in stopped.output
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+sys.modules |= {"matplotlib": None, "peft": None}
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "sft.py", "lora.py"])
+def test_help_needs_no_optional_package(launch, tmp_path, script):
+    """And a run says what to install, before it begins."""
+    driver = tmp_path / "without_extras.py"
+    driver.write_text(WITHOUT_EXTRAS)
+    helped = launch(tmp_path / "run", "--help", before=[driver], script=script)
+    assert helped.returncode == 0, helped.output
+    assert "--data_files" in helped.output
+    refused = launch(tmp_path / "run", before=[driver], script=script)
+    module, extra = ("peft", "lora") if script == "lora.py" else ("matplotlib", "train")
+    assert refused.returncode == 2, refused.output
+    assert f'{script}: error: this script needs {module}: pip install -e ".[{extra}]"\n' in refused.output
+
+
+def test_the_scripts_of_both_stages_differ_in_their_recipe_alone():
+    def rest(script: str) -> tuple[str, str]:
+        text = (ROOT / "examples" / script).read_text()
+        before, recipe = text.split("RECIPE = {", 1)
+        return before.split('"""', 2)[2], recipe.split("}", 1)[1]
+
+    assert rest("sft.py") == rest("pretrain.py")
+
+
 KILLED_WHILE_SAVING = """
 import os, runpy, signal, sys
 import torch
@@ -571,8 +770,8 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     output = tmp_path / "run"
     killed = launch(output, "--per_device_train_batch_size", 2, processes=2, before=[driver])
     assert killed.returncode == -9, killed.output[-3000:]
-    assert (output / ".unfinished" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (output / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
+    assert [path.parent.name for path in output.glob("checkpoint-*/minimind_v_run.json")] == ["checkpoint-4"]
     # As a user would, in one process of its own
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "examples" / "sft.py")]
     command += [str(home / "recipe.json"), "--output_dir", str(output), "--per_device_train_batch_size", "2"]
@@ -581,7 +780,6 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Going on from {output / 'checkpoint-4'}" in done.stdout
     assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
-    assert not (output / ".unfinished").exists()
     card = (output / "README.md").read_text()
     assert "| samples in a step | 4 |" in card
     assert f"{ROWS} of {ROWS} rows" in card
@@ -676,6 +874,9 @@ def test_lora_trains_saves_reloads_and_merges(home, launch, tmp_path):
     names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert not any("vision_tower" in name for name in names)
     assert any("multi_modal_projector" in name for name in names)
+    for folder in ("adapter", "checkpoint-12"):
+        with pytest.raises(ValueError, match=r"holds a LoRA adapter, .*PeftModel.from_pretrained\(model, "):
+            load_checkpoint(tmp_path / folder)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
@@ -693,7 +894,7 @@ def test_trl_has_the_same_losses(launch, tmp_path, uninterrupted):
 
 def parse(monkeypatch, *argv, stage=None):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, argv)])
-    return parse_arguments({"learning_rate": 4e-4, "max_length": 640} | (stage or {}), "")
+    return parse_arguments({"learning_rate": 4e-4, "max_length": 640} | (stage or {}), "", StageArguments)
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, monkeypatch):
@@ -701,14 +902,14 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
     recipe.write_text(
         f"model: {home / 'start'}\ndata_files: [a.jsonl]\nimage_folder: images\nlearning_rate: 2e-3\nmax_length: 99\n"
     )
-    run, args = parse(monkeypatch, recipe, "--max_length", 50, "--output_dir", tmp_path, "--optim", "adafactor")
+    run, args, _ = parse(monkeypatch, recipe, "--max_length", 50, "--output_dir", tmp_path, "--optim", "adafactor")
     assert (run.max_length, args.learning_rate, args.optim.value) == (50, 2e-3, "adafactor")
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text() + "\nlr_scheduler_type: linear\n")
-    _, args = parse(monkeypatch, other, "--output_dir", tmp_path)
+    _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path)
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("linear", None)
-    _, args = parse(monkeypatch, recipe, "--output_dir", tmp_path, "--lr_scheduler_type", "linear", "--weight_decay", 0)
+    _, args, _ = parse(monkeypatch, recipe, "--output_dir", tmp_path, "--lr_scheduler_type", "linear", "--weight_decay", 0)
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.weight_decay) == ("linear", None, 0)
 
 
@@ -723,6 +924,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
         (["--config", "minimind2-v-small", "--data_files", "d", "--image_folder", "i"], "needs --processor"),
+        (["--model", "m", "--data_files", "d", "--vision_tower", "v"], "--vision_tower belongs to --config"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, arguments, message):

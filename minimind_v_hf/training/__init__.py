@@ -1,9 +1,13 @@
 """Training: what learns, the Trainer and its checkpoints, metrics, command lines, cached features and reports."""
 
 from .arguments import (
+    FreezingArguments,
     RunArguments,
+    StageArguments,
     TrainingData,
     checkpoint_to_resume,
+    claim_new_output_dir,
+    errors_in_one_line,
     load_data,
     load_start,
     make_collator,
@@ -14,6 +18,7 @@ from .checkpoints import encoder_digest, load_checkpoint
 from .features import CachedFeaturesCollator, FeatureCache, encode_images
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
 from .metering import StepMeter, matmul_rate, training_flops
+from .reports import SampleSheet
 from .trainer import MiniMindVTrainer
 
 
@@ -21,13 +26,18 @@ __all__ = [
     "TRAINABLE",
     "CachedFeaturesCollator",
     "FeatureCache",
+    "FreezingArguments",
     "MiniMindVTrainer",
     "RunArguments",
+    "SampleSheet",
+    "StageArguments",
     "StepMeter",
     "TrainingData",
     "checkpoint_to_resume",
+    "claim_new_output_dir",
     "encode_images",
     "encoder_digest",
+    "errors_in_one_line",
     "freeze",
     "is_frozen",
     "load_checkpoint",

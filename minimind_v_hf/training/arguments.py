@@ -1,8 +1,11 @@
 """What a training script is told and starts from: the native recipe as defaults, the command line, and the first model."""
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -19,24 +23,25 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
-
-# From its module, since transformers 5.16 does not export it where torchvision is missing
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, logging
 
 from ..configuration_minimind_v import MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from ..quantization import has_fast_bf16
+from .checkpoints import check_checkpoint, claim_output_dir, last_checkpoint
 from .features import CachedFeaturesCollator, encode_images
 from .freezing import TRAINABLE
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class RunArguments:
-    """What a training script asks for beyond `TrainingArguments`."""
+    """What each training script asks for beyond `TrainingArguments`: the model and the data."""
 
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model to start from, with its processor; or give --config."}
@@ -62,9 +67,6 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "Held-out data, for evaluation: by default after each epoch."},
     )
-    trainable: str = field(
-        default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
-    )
     max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its pictures; longer ones are cut."})
     pack_length: int | None = field(
         default=None,
@@ -85,8 +87,23 @@ class RunArguments:
     drop_empty_thinking: float = field(
         default=0.0, metadata={"help": "Probability of leaving empty thinking blocks out (minimind-3v: 0.8)."}
     )
+
+
+@dataclass
+class FreezingArguments:
+    """What a script asks for that freezes parts of the model."""
+
+    trainable: str = field(
+        default="projector", metadata={"help": f"What to train, the rest is frozen: {', '.join(TRAINABLE)}."}
+    )
+
+
+@dataclass
+class StageArguments(FreezingArguments):
+    """What the scripts of the two stages ask for besides."""
+
     samples: int = field(
-        default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of pictures with the answers."}
+        default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of images with the answers."}
     )
     save_encoder: bool = field(default=False, metadata={"help": "Write a frozen encoder into intermediate checkpoints too."})
 
@@ -111,25 +128,58 @@ def native_recipe() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around a training script: what its user can mend is one line on stderr, with exit code 2; Ctrl-C is one too, with 130.
+
+    TRANSFORMERS_VERBOSITY=debug shows the traceback as well.
+    """
+    try:
+        yield
+        return
+    except (OSError, ValueError, ImportError) as error:
+        logger.debug("The traceback:", exc_info=True)
+        text, code = str(error), 2
+        if "Original Traceback" in text:  # from a process that loads data
+            text = text.strip().rpartition("\n")[2].partition(": ")[2]
+        message = f"error: {' '.join(text.split())}"
+    except KeyboardInterrupt as interrupt:
+        message, code = f"stopped. {interrupt or 'Nothing was trained yet.'}", 130
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def parse_arguments(stage: dict[str, Any], description: str | None, *others: type, training: type = TrainingArguments) -> tuple:
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments(
+    stage: dict[str, Any],
+    description: str | None,
+    *others: type,
+    training: type = TrainingArguments,
+    needs: dict[str, str] | None = None,
+) -> tuple:
     """Read the command line of a training script: an optional YAML or JSON file first, then flags, which win over the file.
 
     Args:
-        stage: defaults of this stage, for fields of `RunArguments` and `TrainingArguments`, over `native_recipe()`.
+        stage: defaults of this stage, for fields of all these classes, over `native_recipe()`.
         description: for `--help`.
         others: more dataclasses, with fields of the script's own.
         training: a subclass of `TrainingArguments`, in its stead.
+        needs: modules that the script uses, with the extra of this package that installs each.
 
     Returns:
         `RunArguments`, `TrainingArguments`, and one of each of the others.
     """
     kinds = (RunArguments, training, *others)
     # A subclass may have fields that RunArguments has too, as TRL's: both are told
-    parser = HfArgumentParser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
+    parser = _Parser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
     parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
     known = {action.dest for action in parser._actions}
     defaults = native = native_recipe() | stage
@@ -147,6 +197,9 @@ def parse_arguments(stage: dict[str, Any], description: str | None, *others: typ
         defaults = native | recipe
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv))
+    for module, extra in (needs or {}).items():
+        if importlib.util.find_spec(module) is None:
+            parser.error(f'this script needs {module}: pip install -e ".[{extra}]"')
     # What belongs to native's schedule and precision gives way to another choice of either
     own_schedule = values["lr_scheduler_type"] != native["lr_scheduler_type"]
     if own_schedule and values["lr_scheduler_kwargs"] is native["lr_scheduler_kwargs"]:
@@ -156,32 +209,35 @@ def parse_arguments(stage: dict[str, Any], description: str | None, *others: typ
     if values["fp16"]:
         values["bf16"] = False
     if values["ddp_find_unused_parameters"] is None:
-        values["ddp_find_unused_parameters"] = values["trainable"] == "all"  # an encoder's last layers may be of no use
+        values["ddp_find_unused_parameters"] = values.get("trainable") == "all"  # an encoder's last layers may be of no use
     try:
         run, args, *more = parser.parse_dict(values)
-        _check(run, args)
+        _check(run, args, values.get("trainable"))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return run, args, *more
 
 
-def _check(run: RunArguments, args: TrainingArguments) -> None:
+def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if (run.model is None) == (run.config is None):
         raise ValueError("Give either --model, to start from trained weights, or --config, to start from fresh ones.")
+    parts = [name for name in ("processor", "vision_tower", "language_model") if getattr(run, name) is not None]
+    if run.model is not None and parts:
+        raise ValueError(f"--{parts[0]} belongs to --config: --model {run.model} brings its own.")
     if run.config is not None and run.processor is None:
         raise ValueError(f"--config {run.config} needs --processor: the folder of a processor or of a tokenizer.")
     if not run.data_files:
         raise ValueError("Give the training data with --data_files, and the folder of its pictures with --image_folder.")
-    if run.trainable not in TRAINABLE:
-        raise ValueError(f"trainable={run.trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    if trainable not in (None, *TRAINABLE):
+        raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
     if run.pack_length is not None and run.pack_length < run.max_length:
         raise ValueError(
             f"--pack_length {run.pack_length}: expected at least --max_length, {run.max_length}, for a sample to fit."
         )
-    if run.cache_features and (run.streaming or run.trainable == "all"):
+    if run.cache_features and (run.streaming or trainable == "all"):
         raise ValueError("--cache_features needs a frozen encoder and data that is not streamed.")
     if not run.eval_files and args.eval_strategy != "no":
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_files: the held-out data.")
@@ -247,23 +303,65 @@ def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVPr
     return data
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one that was asked for, or the last in the output folder, or None for a new run.
+def claim_new_output_dir(args: TrainingArguments, finished: str = CONFIG_NAME) -> None:
+    """Keep other runs out of the output folder, and this run out of a folder with the model of a finished one.
+
+    Args:
+        args: with the output folder.
+        finished: the file in it by which a finished run is known.
 
     Raises:
-        ValueError: the output folder holds the model of a finished run, which nobody asked to go on with.
+        ValueError: another run is writing into it, or a finished one has, and nobody asked to go on with that.
     """
-    if args.resume_from_checkpoint not in (None, "true", "True", True):
-        return args.resume_from_checkpoint
-    folder = Path(args.output_dir)
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    if args.resume_from_checkpoint is None and (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds the model of a finished run: choose another --output_dir, or remove it.")
-    if last is None and args.resume_from_checkpoint is not None:
-        raise ValueError(f"--resume_from_checkpoint: there is no complete checkpoint in {folder}.")
+    if args.process_index == 0:
+        claim_output_dir(args.output_dir)
+    if args.resume_from_checkpoint is None and (Path(args.output_dir) / finished).exists():
+        raise ValueError(f"{args.output_dir} holds the model of a finished run: choose another --output_dir, or remove it.")
+
+
+def checkpoint_to_resume(args: TrainingArguments, finished: str = CONFIG_NAME) -> str | None:
+    """The checkpoint to go on from: the one that was asked for, or the last in the output folder, or None for a new run.
+
+    Args:
+        args: with the output folder.
+        finished: the file in it by which a finished run is known.
+
+    Raises:
+        ValueError: there is none that can be used, where one is asked for, or the output folder is not this run's.
+    """
+    claim_new_output_dir(args, finished)
+    asked = args.resume_from_checkpoint
+    if asked not in (None, "true", "True", True):
+        check_checkpoint(asked)
+        return asked
+    last = last_checkpoint(args.output_dir)
+    if last is None and asked is not None:
+        raise ValueError(f"--resume_from_checkpoint: there is no complete checkpoint in {args.output_dir}.")
     if last is not None and args.should_log:
         print(f"Going on from {last}.")
     return last
+
+
+@contextlib.contextmanager
+def _loading(source: str | None) -> Iterator[None]:
+    """Around the loading of a folder or Hub id: a damaged file may raise anything in the libraries that read it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Cannot load {source}: {error}") from error
+
+
+def _load_whole(auto_class: Any, source: str) -> Any:
+    """A model in float32 with all of its weights.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights.
+    """
+    with _loading(source):
+        model, info = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {missing[0]}.")
+    return model
 
 
 def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
@@ -273,8 +371,9 @@ def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGen
         ValueError: they do not fit each other.
     """
     if run.model is not None:
-        processor = AutoProcessor.from_pretrained(run.model)
-        return MiniMindVForConditionalGeneration.from_pretrained(run.model, dtype=torch.float32), processor
+        with _loading(run.model):
+            processor = AutoProcessor.from_pretrained(run.model)
+        return _load_whole(MiniMindVForConditionalGeneration, run.model), processor
 
     presets = MiniMindVConfig.presets()
     config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
@@ -293,21 +392,30 @@ def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGen
     set_seed(seed)
     model = MiniMindVForConditionalGeneration(config)
     if run.vision_tower is not None:
-        tower = AutoModel.from_pretrained(run.vision_tower, dtype=torch.float32)
-        model.model.vision_tower.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
+        tower = _load_whole(AutoModel, run.vision_tower)
+        _take_weights(model.model.vision_tower, getattr(tower, "vision_model", tower), run.vision_tower)
     if run.language_model is not None:
-        language_model = AutoModelForCausalLM.from_pretrained(run.language_model, dtype=torch.float32)
-        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        language_model = _load_whole(AutoModelForCausalLM, run.language_model)
+        _take_weights(model.model.language_model, language_model.base_model, run.language_model)
+        _take_weights(model.lm_head, language_model.get_output_embeddings(), run.language_model)
     return model, processor
 
 
+def _take_weights(module: torch.nn.Module, other: torch.nn.Module, source: str) -> None:
+    try:
+        module.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {source} do not fit --config: {error}") from error
+
+
 def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
-    loaded = AutoProcessor.from_pretrained(run.processor)
+    with _loading(run.processor):
+        loaded = AutoProcessor.from_pretrained(run.processor)
     if isinstance(loaded, ProcessorMixin):
         return loaded
     if run.vision_tower is not None:
-        image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
+        with _loading(run.vision_tower):
+            image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
     else:
         side = config.vision_config.image_size
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

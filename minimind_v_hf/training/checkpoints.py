@@ -1,23 +1,156 @@
-"""Checkpoints that leave a frozen encoder out, and know it again."""
+"""Checkpoints: a mark that they are complete, an owner for their folder, and loading those that leave the encoder out."""
 
+import atexit
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
 
+logger = logging.get_logger(__name__)
+
 RUN_FILE = "minimind_v_run.json"
-"""In a checkpoint: the global batch size of its run, and which encoder it leaves out."""
+"""Written last into a checkpoint, which is complete with it: size and CRC-32 of each file, the global batch size and the
+training seconds of the run, and which encoder is left out."""
 
 ENCODER = "model.vision_tower."
+
+_LOCK_FILE = "_run.lock"  # what begins with "_" is not pushed to the Hub
+_locks: dict[Path, FileLock] = {}
+
+
+# ── The folder of a run ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def claim_output_dir(folder: str | os.PathLike) -> None:
+    """Keep other runs out of a folder until this process ends, however it ends.
+
+    Raises:
+        ValueError: another run is writing into it.
+    """
+    path = Path(folder).resolve() / _LOCK_FILE
+    if path in _locks:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=2)  # a process that was killed takes a moment to go
+    except Timeout:
+        raise ValueError(f"Another run is writing into {folder}: wait for its end, or choose another --output_dir.") from None
+    _locks[path] = lock
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def what_is_saved(folder: str | os.PathLike) -> str:
+    """What a run that stops here leaves, in a sentence."""
+    complete = [path for path in sort_checkpoints(str(folder)) if (Path(path) / RUN_FILE).exists()]
+    if complete:
+        return f"{complete[-1]} is saved, and the same command goes on from there."
+    return "No checkpoint is saved yet: the same command starts from the beginning."
+
+
+# ── Complete checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checksum(path: Path) -> list[int]:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def mark_complete(folder: Path, run: dict[str, Any]) -> None:
+    """Write the mark of a checkpoint, with what is to be known of its run. No file may be written into it afterwards."""
+    files = {path.relative_to(folder).as_posix(): _checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    unfinished = folder / f"{RUN_FILE}.part"
+    unfinished.write_text(json.dumps({**run, "files": files}, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RUN_FILE)
+
+
+def check_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `mark_complete` wrote of a run, once every file of its checkpoint is what it was then.
+
+    Raises:
+        ValueError: it is unfinished, of another trainer, without its optimizer, or a file is damaged or missing.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        files = run["files"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is unfinished, or of another trainer: it has no {RUN_FILE}.") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is damaged.") from None
+    for name, written in files.items():
+        if not (path := Path(folder) / name).is_file():
+            raise ValueError(f"{path} is missing.")
+        if _checksum(path) != written:
+            raise ValueError(f"{path} is damaged.")
+    if not any("optim" in name for name in files):
+        raise ValueError(
+            f"{folder} has no optimizer (--save_only_model): training cannot go on from it, but start from its weights."
+        )
+    return run
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a run that is complete and undamaged, with a warning for each newer one that is not.
+
+    Raises:
+        ValueError: there are complete checkpoints, and none can be used.
+    """
+    damaged = []
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        try:
+            check_checkpoint(checkpoint)
+        except ValueError as error:
+            logger.warning(f"{error} The checkpoint before it is taken, if there is one.")
+            if (Path(checkpoint) / RUN_FILE).exists():
+                damaged.append(str(error))
+        else:
+            return checkpoint
+    if damaged:
+        raise ValueError(f"No checkpoint in {folder} can be used: {damaged[0]} Remove them to start from the beginning.")
+    return None
+
+
+@contextlib.contextmanager
+def explained_failure(folder: Path, output_dir: str) -> Iterator[None]:
+    """Around what writes a folder of a run: if it fails, that is removed, and the error tells of the disk and of what is saved.
+
+    Args:
+        folder: what is written.
+        output_dir: of the run, with its checkpoints.
+
+    Raises:
+        OSError: in the place of what safetensors, torch and Python raise.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(folder, ignore_errors=True)
+        cause = "the disk is full" if free < 2**24 else f"with {free / 1e9:.1f} GB free on its disk"
+        raise OSError(f"{folder} could not be written, {cause}: {error}. {what_is_saved(output_dir)}") from error
+
+
+# ── Checkpoints without their encoder ────────────────────────────────────────────────────────────────────────────────
 
 
 def encoder_digest(model: MiniMindVForConditionalGeneration) -> str:
@@ -39,9 +172,17 @@ def load_checkpoint(
         encoder: a model with the encoder, or its folder or Hub id; by default what the training run started from.
 
     Raises:
-        ValueError: the encoder is not the one that the checkpoint was trained with.
+        ValueError: it is no complete checkpoint of a whole model, or the encoder is not the one that it was trained with.
     """
-    run = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a LoRA adapter, not a model: load it beside the model that it was trained for, with "
+            f"PeftModel.from_pretrained(model, {str(folder)!r})."
+        )
+    if not (folder / RUN_FILE).exists():
+        raise ValueError(f"{folder} is no complete checkpoint: it has no {RUN_FILE}.")
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     if run["encoder"] is None:
         return MiniMindVForConditionalGeneration.from_pretrained(folder)
     source = encoder if encoder is not None else run["encoder"]["source"]
@@ -53,7 +194,7 @@ def load_checkpoint(
     del config.encoder_left_out
     model = MiniMindVForConditionalGeneration(config)
     state = {ENCODER + name: tensor for name, tensor in source.model.vision_tower.state_dict().items()}
-    state |= load_file(Path(folder) / SAFE_WEIGHTS_NAME)
+    state |= load_file(folder / SAFE_WEIGHTS_NAME)
     result = model.load_state_dict(state, strict=False)
     require_complete(model, result, folder, frozenset())
     require_encoder(encoder_digest(model), run, folder)

@@ -66,6 +66,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
     return best
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """In which long sums are kept: float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class StepMeter:
     """Counts samples, tokens and pictures of training steps, on the device, and reads them out when somebody asks.
 
@@ -86,8 +91,7 @@ class StepMeter:
 
     def _reset(self) -> None:
         device = self._accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-        self._counts = torch.zeros(len(self._FIELDS), dtype=dtype, device=device)
+        self._counts = torch.zeros(len(self._FIELDS), dtype=summing_dtype(device), device=device)
         self._started: float | None = None
 
     def start(self) -> None:

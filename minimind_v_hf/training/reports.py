@@ -1,6 +1,6 @@
 """What people look at: a sheet of held-out pictures with the model's answers, the curves, and the model card.
 
-Needs matplotlib, from the extra `train`.
+Drawing needs matplotlib, from the extra `train`.
 """
 
 import textwrap
@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib import font_manager, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -39,6 +36,8 @@ _FONTS = (
 
 
 def _fonts() -> list[str]:
+    from matplotlib import font_manager
+
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in (*_FONTS, "DejaVu Sans") if name in installed]
 
@@ -72,6 +71,9 @@ def answer(model, processor: MiniMindVProcessor, rows: list[dict[str, Any]], max
 
 def draw_answers(rows: list[dict[str, Any]], answers: list[str], path: Path, columns: int = 4) -> None:
     """Draw a sheet of pictures, each under its question and over the model's answer and the right one, as a PNG file."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     def shorten(text: str, label: str) -> str:
         text = "".join(character if character.isprintable() else " " for character in text)
@@ -122,6 +124,9 @@ class SampleSheet(TrainerCallback):
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     """Draw loss and learning rate by step as a PNG file, from `trainer.state.log_history`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     losses, rates = figure.subplots(1, 2)
     for axis, name, label in ((losses, "loss", "training"), (losses, "eval_loss", "held out"), (rates, "learning_rate", None)):
@@ -192,7 +197,7 @@ def write_model_card(trainer: Any) -> None:
     results = {
         "training loss": f"{last['loss']:.4f}" if "loss" in last else None,
         "loss on held-out data": f"{last['eval_loss']:.4f}" if "eval_loss" in last else None,
-        "training time": f"{last['train_runtime']:.0f} s" if "train_runtime" in last else None,
+        "training time": f"{trainer.train_seconds:.0f} s" if trainer.train_seconds else None,
     }
     sheets = sorted((folder / "samples").glob("step-*.png"))
     content = _CARD.format(

@@ -6,6 +6,7 @@ The loop itself, parallelism, precision and logging are those of transformers an
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,29 @@ from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data import PixelNormalizer
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from .checkpoints import ENCODER, RUN_FILE, encoder_digest, require_complete, require_encoder
+from .checkpoints import (
+    ENCODER,
+    check_checkpoint,
+    claim_output_dir,
+    encoder_digest,
+    explained_failure,
+    last_checkpoint,
+    mark_complete,
+    require_complete,
+    require_encoder,
+    what_is_saved,
+)
 from .freezing import is_frozen
-from .metering import StepMeter
+from .metering import StepMeter, summing_dtype
+from .reports import write_model_card
 
 
 logger = logging.get_logger(__name__)
-
-_UNFINISHED = ".unfinished"
 
 
 class MiniMindVTrainer(Trainer):
@@ -35,7 +46,7 @@ class MiniMindVTrainer(Trainer):
     * logits are computed only where there are labels;
     * it logs the language loss and the auxiliary loss apart, samples, tokens and images per second, the supervised share of
       the tokens and the padding share of the positions, and `mfu`, the share of the machine's matrix rate that trains;
-    * a checkpoint is written under another name and renamed, so that one that is there is complete;
+    * a checkpoint is marked when it is complete, and one without the mark is not resumed; two runs do not share a folder;
     * intermediate checkpoints leave a frozen encoder out, unless `save_encoder` is set;
     * a run can be resumed with another number of processes: gradient accumulation makes up for it.
 
@@ -63,11 +74,13 @@ class MiniMindVTrainer(Trainer):
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
         self.start = getattr(self._bare_model(), "name_or_path", "") or None
-        self._saving_to: Path | None = None
+        self.train_seconds = 0.0  # over all parts of a run that was resumed
+        self._resumed_step = 0
         self._loading_from = self.args.output_dir
         self._meter = StepMeter(self._bare_model(), self.accelerator)
         self._logged_step = 0
-        self._held_out = torch.zeros(2, device=self.args.device)  # summed loss and number of labels in an evaluation
+        # Summed loss and number of labels in an evaluation
+        self._held_out = torch.zeros(2, dtype=summing_dtype(self.args.device), device=self.args.device)
         # Read now, since FSDP shards it later; it never changes
         self._encoder: dict[str, Any] | None = None
         if is_frozen(self._bare_model().model.vision_tower) and not save_encoder:
@@ -122,8 +135,8 @@ class MiniMindVTrainer(Trainer):
             aux_loss = outputs.get("aux_loss")
             self._meter.add(inputs, 0.0 if aux_loss is None else aux_loss * self._share(inputs, num_items_in_batch))
         else:
-            learned = (inputs["labels"][:, 1:] != -100).sum()
-            self._held_out += torch.stack([torch.where(learned > 0, loss * learned, 0.0), learned])
+            learned = (inputs["labels"][:, 1:] != -100).sum().to(self._held_out)
+            self._held_out += torch.stack([torch.where(learned > 0, loss.to(learned) * learned, 0.0), learned])
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs, num_items_in_batch):
@@ -169,28 +182,45 @@ class MiniMindVTrainer(Trainer):
     # ── Checkpoints ──
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        args = self.args
+        if self.is_world_process_zero():
+            claim_output_dir(args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
-        if isinstance(resume_from_checkpoint, str):
-            self._keep_batch_size(resume_from_checkpoint)
-            self._logged_step = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
-        if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / _UNFINISHED, ignore_errors=True)  # of a run that was killed
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                raise ValueError(f"There is no complete checkpoint in {args.output_dir} to resume from.")
+        self._resumed_step, self._seconds_before = 0, 0.0
+        if resume_from_checkpoint:
+            run = check_checkpoint(resume_from_checkpoint)
+            if run["encoder"] is not None:
+                digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
+                require_encoder(digest, run, resume_from_checkpoint)
+            self._keep_batch_size(resume_from_checkpoint, run["global_batch_size"])
+            self._loading_from, self._seconds_before = str(resume_from_checkpoint), run["seconds"]
+            self._resumed_step = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
+        self._logged_step, self._began = self._resumed_step, time.monotonic()
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(what_is_saved(args.output_dir)) from None
+        self.train_seconds = self._seconds()
+        return output
+
+    def _seconds(self) -> float:
+        """How long the run has trained, also before it was resumed."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def set_initial_training_values(self, args, dataloader):
+        """As in `Trainer`, but no epoch is left to a run that was killed after its last step: it would take one step more."""
+        num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
 
     def _global_batch_size(self) -> int:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _keep_batch_size(self, checkpoint: str) -> None:
+    def _keep_batch_size(self, checkpoint: str, wanted: int) -> None:
         """Make the batches those of the run that wrote the checkpoint, also with other processes than it had."""
-        try:
-            wanted = json.loads((Path(checkpoint) / RUN_FILE).read_text(encoding="utf-8"))["global_batch_size"]
-        except FileNotFoundError:
-            raise ValueError(f"{checkpoint} was not written by this trainer: it has no {RUN_FILE}.") from None
-        given = self._global_batch_size()
-        if given == wanted:
+        if self._global_batch_size() == wanted:
             return
         at_a_time = self.args.train_batch_size * self.args.world_size
         if wanted % at_a_time:
@@ -205,48 +235,29 @@ class MiniMindVTrainer(Trainer):
             "the run that is resumed."
         )
 
-    def _get_output_dir(self, trial):
-        return str(self._saving_to) if self._saving_to else super()._get_output_dir(trial)
-
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._meter.paused():
-            self._saving_to = folder / _UNFINISHED
+        """As in `Trainer`; then comes the mark that the checkpoint is complete, and only after it may older ones go."""
+        args, output_dir = self.args, Path(self._get_output_dir(trial))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._meter.paused(), explained_failure(folder, args.output_dir):
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            limit, args.save_total_limit = args.save_total_limit, None
             try:
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    self._describe_checkpoint(self._saving_to / name, folder / name)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    shutil.rmtree(folder / name, ignore_errors=True)
-                    os.replace(self._saving_to / name, folder / name)
             finally:
-                if self.args.should_save:
-                    shutil.rmtree(self._saving_to, ignore_errors=True)
-                self._saving_to = None
-            if self.args.should_save:
-                rotate_checkpoints(
-                    output_dir=str(folder),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
-            if self.args.push_to_hub:
-                super()._push_from_checkpoint(str(folder / name))
-
-    def _describe_checkpoint(self, written: Path, final: Path) -> None:
-        run = {"global_batch_size": self._global_batch_size(), "encoder": self._encoder}
-        (written / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        if self._encoder and (config := written / CONFIG_NAME).exists():  # an adapter has none
-            fields = json.loads(config.read_text(encoding="utf-8")) | {"encoder_left_out": True}
-            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                run = {"global_batch_size": self._global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
+                mark_complete(folder, run)
+                rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: `_save_checkpoint` pushes when the checkpoint has its name."""
+        """Nothing yet: `_save_checkpoint` pushes when the checkpoint is complete."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model and its processor, as a folder for the Hub; no file of it is ever half written."""
@@ -254,15 +265,16 @@ class MiniMindVTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
-        unfinished = folder / _UNFINISHED
-        super().save_model(str(unfinished), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the model card tells the recipe
-            # config.json last: by it a finished run is known
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-                os.replace(path, folder / path.name)
-            unfinished.rmdir()
+        unfinished = folder / ".unfinished"
+        with explained_failure(unfinished, self.args.output_dir):
+            super().save_model(str(unfinished), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the model card tells the recipe
+                # config.json last: by it a finished run is known
+                for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+                    os.replace(path, folder / path.name)
+                unfinished.rmdir()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -271,9 +283,11 @@ class MiniMindVTrainer(Trainer):
         if self.model is not model:  # an adapter: peft saves that alone
             super()._save(output_dir, state_dict)
             return
-        if self._saving_to and self._encoder and self.args.should_save:
+        light = self._encoder and Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if light:
             state_dict = model.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith(ENCODER)}
+            model.config.encoder_left_out = True
         if state_dict is not None and model.config.tie_word_embeddings:
             state_dict.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
         # FSDP gives the model a class of its own, whose code would be copied into the folder instead of ours
@@ -283,14 +297,8 @@ class MiniMindVTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             model.__class__ = wrapped
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        run = json.loads((Path(resume_from_checkpoint) / RUN_FILE).read_text(encoding="utf-8"))
-        if run["encoder"] is not None:
-            digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
-            require_encoder(digest, run, resume_from_checkpoint)
-        self._loading_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if light:
+                del model.config.encoder_left_out
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model = self._bare_model()
@@ -302,6 +310,4 @@ class MiniMindVTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: recipe, data counts, results and curves. `Trainer` would write its own."""
         if self.is_world_process_zero():
-            from .reports import write_model_card  # draws, and so needs the extra `train`
-
             write_model_card(self)
