@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,9 +18,9 @@ from test_hub import run_isolated
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaProcessor
 
 from convert import from_native, to_llava, to_native
-from convert.from_native import verify
-from convert.native_files import ConversionError
-from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor, conversion
+from minimind_v_hf.conversion import ConversionError
+from minimind_v_hf.conversion.verification import verify
 
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
@@ -58,7 +59,7 @@ def native_weights(tensors, variant: str) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def no_fresh_process(monkeypatch):
     """Leave out the process that loads a written folder, which other tests go through."""
-    monkeypatch.setattr(from_native, "verify", lambda model, folder: 0.0)
+    monkeypatch.setattr(conversion.from_native, "verify", lambda *args, **kwargs: 0.0)
 
 
 def arguments(sources: Path, output: Path, variant: str = "g2-dense", weights: Path | None = None, *extra: str) -> list[str]:
@@ -123,8 +124,8 @@ def test_dtype_casts_everything(sources, tmp_path, no_fresh_process):
 
 
 def test_command_line_folder_and_the_snippet_of_its_card(sources, tmp_path):
-    """The whole way, as a user goes it: no package on the path, and the card's own code run in a bare process."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    """The whole way, as a user goes it from another directory, and the card's own code run in a bare process."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, CONVERT / "from_native.py", *arguments(sources, tmp_path / "MyModel")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -237,7 +238,7 @@ def test_whole_clip_and_the_projector_that_joins_patches(sources, tensors, tmp_p
     assert from_native.main([*map(str, command), "--output", str(tmp_path / "model")]) == 0
     warnings = capsys.readouterr().err
     assert "has no preprocessor_config.json" in warnings
-    assert "released with 64 vectors per picture, but this encoder gives 49" in warnings
+    assert "released with 64 image tokens, but this encoder gives 49" in warnings
     model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert (model.config.patches_per_token, model.config.image_seq_length) == (4, 49)
     assert MiniMindVProcessor.from_pretrained(tmp_path / "model").image_seq_length == 49
@@ -264,22 +265,59 @@ def rename(native, old, new):
 
 
 SPOILED = {
-    "renamed": (lambda n: rename(n, "model.norm.weight", "model.final_norm.weight"), "renamed"),
-    "missing": (lambda n: n.pop("model.layers.1.mlp.up_proj.weight"), "layer 1"),
-    "missing bias": (lambda n: n.pop("vision_proj.vision_proj.0.bias"), "every release has weight and bias"),
-    "unknown": (lambda n: n.update(extra=torch.ones(2)), "1 unknown"),
+    "renamed": (
+        lambda n: rename(n, "model.norm.weight", "model.final_norm.weight"),
+        "model.final_norm.weight: (64,), expected no such tensor; model.norm.weight: missing, expected (64,)",
+    ),
+    "missing": (lambda n: n.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight: missing"),
+    "missing bias": (lambda n: n.pop("vision_proj.vision_proj.0.bias"), "vision_proj.vision_proj.0.bias: missing"),
+    "unknown": (lambda n: n.update(extra=torch.ones(2)), "extra: (2,), expected no such tensor"),
     "transposed": (
         lambda n: n.update({"model.layers.0.mlp.up_proj.weight": n["model.layers.0.mlp.up_proj.weight"].T}),
-        "transposed",
+        "model.layers.0.mlp.up_proj.weight: (64, 192), expected (192, 64)",
     ),
-    "transposed embedding": (lambda n: n.update({"model.embed_tokens.weight": n["model.embed_tokens.weight"].T}), "transposed"),
-    "another width": (lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(64, 48)}), "check --vision-tower"),
-    "another size": (lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(48, 32)}), "another size"),
-    "integers": (lambda n: n.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "quantised"),
-    "untied": (lambda n: n.update({"lm_head.weight": n["lm_head.weight"] + 1}), "does not share its embeddings"),
+    "transposed embedding": (
+        lambda n: n.update({"model.embed_tokens.weight": n["model.embed_tokens.weight"].T}),
+        "model.embed_tokens.weight: (64, 320), expected (320, 64)",
+    ),
+    "another width": (lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(64, 48)}), "Check --vision-tower"),
+    "another size": (
+        lambda n: n.update({"vision_proj.vision_proj.0.weight": torch.ones(48, 32)}),
+        "vision_proj.vision_proj.0.weight: (48, 32), expected (64, 32)",
+    ),
+    "integers": (
+        lambda n: n.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+        "model.norm.weight: int8, expected float32, float16 or bfloat16",
+    ),
+    "untied": (
+        lambda n: n.update({"lm_head.weight": n["lm_head.weight"] + 1}),
+        "lm_head.weight: other values, expected those of model.embed_tokens.weight",
+    ),
+    "LoRA": (
+        lambda n: n.update({"model.layers.0.self_attn.q_proj.lora.A.weight": torch.ones(8, 64)}),
+        "Merge the LoRA weights",
+    ),
     "projector alone": (lambda n: [n.pop(name) for name in list(n) if "vision_proj" not in name], "a projector alone"),
     "wrapped": (lambda n: [rename(n, name, f"module.{name}") for name in list(n)], "DistributedDataParallel"),
     "not a tensor": (lambda n: n.update(step=3), "is a int, not a tensor"),
+    "integer key": (lambda n: n.update({3: torch.ones(2)}), "the name of a tensor is the int 3"),
+    "sparse": (
+        lambda n: n.update({"model.norm.weight": torch.eye(8).to_sparse()}),
+        "model.norm.weight is sparse or nested, where a dense one was expected",
+    ),
+    "meta": (lambda n: n.update({"model.norm.weight": torch.ones(64, device="meta")}), "model.norm.weight is without values"),
+    "a billion rows": (
+        lambda n: n.update({"model.embed_tokens.weight": torch.ones(1, 64).expand(10**9, 64)}),
+        "model.embed_tokens.weight claims 1000000000x64 values, but the file has 64 for it",
+    ),
+    "a billion layers": (
+        lambda n: n.update({"model.layers.999999999.input_layernorm.weight": torch.ones(64)}),
+        "model.layers.999999999.input_layernorm.weight: (64,), expected no such tensor",
+    ),
+    "a billion experts": (
+        lambda n: n.update({"model.layers.0.mlp.experts.999999999.up_proj.weight": torch.ones(64)}),
+        "model.layers.0.mlp.experts.999999999.up_proj.weight: (64,), expected no such tensor",
+    ),
 }
 
 
@@ -374,6 +412,129 @@ def test_options_that_do_not_fit(sources, tmp_path, capsys):
     assert not output.exists()
 
 
+def refused(capsys, command: list[str], main=from_native.main) -> str:
+    """The one line on stderr with which a command is refused."""
+    capsys.readouterr()
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+NATIVE_CONFIGS = {
+    '{"model_type": "minimind-v", "rope_theta": "x"}': "rope_theta='x', where float was expected",
+    '{"model_type": "minimind-v", "rope_theta": NaN}': "rope_theta=nan, where float was expected",
+    '{"model_type": "minimind-v", "rope_scaling": [1]}': "rope_scaling=[1], where dict was expected",
+    '{"model_type": "minimind-v", "rope_scaling": {"factor": "x"}}': "rope_scaling['factor']='x', where a positive number",
+    '{"model_type": "minimind-v", "inference_rope_scaling": "no"}': "inference_rope_scaling='no', where bool was expected",
+    '{"model_type": "minimind-v", "num_attention_heads": "x"}': "num_attention_heads='x', where int was expected",
+    '{"model_type": "minimind-v", "num_attention_heads": 0}': "do not split into 0 heads",
+    '{"model_type": "minimind-v", "n_layers": 1000000000}': "num_hidden_layers=1000000000, but the weights have 3",
+    '{"model_type": "minimind-v", "hidden_act": "sin"}': "hidden_act",
+    '["minimind-v"]': "holds no configuration",
+    "[" * 100_000: "holds no configuration",
+}
+
+
+@pytest.mark.parametrize("content", NATIVE_CONFIGS, ids=lambda content: content[:70])
+def test_odd_native_configurations_are_refused(content, sources, tmp_path, capsys):
+    (tmp_path / "native").mkdir()
+    shutil.copy(sources / "g2-dense" / "sft_vlm_64.pth", tmp_path / "native" / "pytorch_model.bin")
+    (tmp_path / "native" / "config.json").write_text(content)
+    command = ["--weights", tmp_path / "native", "--vision-tower", sources / "g2-dense", "--tokenizer", sources / "tokenizer"]
+    assert NATIVE_CONFIGS[content] in refused(capsys, [*map(str, command), "--output", str(tmp_path / "model")])
+
+
+ENCODERS = {
+    "patch size 0": ("config.json", {"patch_size": 0}, "patch_size=0, where an integer from 1 to 4096 was expected"),
+    "image size x": ("config.json", {"image_size": "x"}, "image_size"),
+    "no layers": ("config.json", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    "a billion layers": ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+    "no heads": ("config.json", {"num_attention_heads": 0}, "no configuration can be loaded from there"),
+    "more layers": ("config.json", {"num_hidden_layers": 5}, "missing tensors"),
+    "no size": ("preprocessor_config.json", {"crop_size": "x"}, "preprocessing"),
+    "another size": ("preprocessor_config.json", {"crop_size": {"height": 24, "width": 24}}, "its preprocessing gives 3x24x24"),
+    "a variance of 0": ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "NaN or infinite pixels"),
+    "garbage": ("preprocessor_config.json", None, "its preprocessing cannot be read"),
+    "garbage weights": ("model.safetensors", None, "its weights cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_spoiled_encoders_are_refused(kind, sources, tmp_path, capsys):
+    file, change, reason = ENCODERS[kind]
+    tower = shutil.copytree(sources / "g2-dense", tmp_path / "tower")
+    content = "{" if change is None else json.dumps(json.loads((tower / file).read_text()) | change)
+    (tower / file).write_text(content)
+    command = [*arguments(sources, tmp_path / "model"), "--vision-tower", str(tower)]
+    assert reason in refused(capsys, command)
+    assert not (tmp_path / "model").exists()
+
+
+def spoil_folder(folder: Path, kind: str) -> None:
+    file = folder / "model.safetensors"
+    if kind in ("truncated", "garbage"):
+        file.write_bytes(file.read_bytes()[:-100] if kind == "truncated" else b"garbage" * 100)
+    elif kind == "no weights":
+        file.unlink()
+    elif kind == "no config.json":
+        (folder / "config.json").unlink()
+    elif kind == "garbage config.json":
+        (folder / "config.json").write_text("[]")
+    else:
+        tensors = load_file(file)
+        name = "model.language_model.layers.1.mlp.up_proj.weight"
+        tensor = tensors.pop(name)
+        if kind == "unknown":
+            tensors |= {name: tensor, "extra": torch.ones(1)}
+        elif kind == "misshapen":
+            tensors[name] = tensor.T.contiguous()
+        elif kind == "integers":
+            tensors[name] = tensor.to(torch.int8)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+FOLDERS = {
+    "truncated": "model.safetensors is truncated or damaged",
+    "garbage": "model.safetensors is truncated or damaged",
+    "no weights": "there is no model.safetensors",
+    "no config.json": "no config.json",
+    "garbage config.json": "no configuration can be loaded",
+    "missing": "layers.1.mlp.up_proj.weight is missing",
+    "unknown": "extra is unknown",
+    "misshapen": "layers.1.mlp.up_proj.weight is (64, 192), expected (192, 64)",
+    "integers": "layers.1.mlp.up_proj.weight is int8, expected float32, float16 or bfloat16",
+}
+
+
+@pytest.mark.parametrize("main", [to_native.main, to_llava.main], ids=["to_native", "to_llava"])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_damaged_folders_are_not_converted(kind, main, sources, tmp_path, no_fresh_process, capsys):
+    assert from_native.main(arguments(sources, tmp_path / "model")) == 0
+    spoil_folder(tmp_path / "model", kind)
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "output")]
+    assert FOLDERS[kind] in refused(capsys, command, main)
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_answer_that_the_cache_changes_is_noticed(sources, tmp_path, no_fresh_process, monkeypatch):
+    assert from_native.main(arguments(sources, tmp_path / "model")) == 0
+    model = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    forward = type(model).forward
+    prompt = conversion.verification.sample_inputs(model.config)["input_ids"].shape[1]
+
+    def other_answer(self, input_ids=None, **kwargs):
+        output = forward(self, input_ids=input_ids, **kwargs)
+        if input_ids.shape[1] > prompt:
+            output.logits = output.logits.flip(-1)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", other_answer)
+    with pytest.raises(ConversionError, match="answers otherwise"):
+        verify(model, tmp_path / "model", remote_code=True)
+
+
 def test_nan_is_converted_and_reported(sources, tensors, tmp_path, no_fresh_process, capsys):
     native = native_weights(tensors, "g2-dense")
     native["model.layers.1.mlp.up_proj.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -406,10 +567,10 @@ def test_overwrite_replaces_model_folders_only(sources, tmp_path, no_fresh_proce
 
 
 def test_failure_while_writing_leaves_what_was_there(sources, tmp_path, monkeypatch, capsys):
-    def fail(model, folder):
+    def fail(*args, **kwargs):
         raise ConversionError("the written folder gives other logits")
 
-    monkeypatch.setattr(from_native, "verify", fail)
+    monkeypatch.setattr(conversion.from_native, "verify", fail)
     output = tmp_path / "model"
     output.mkdir()
     (output / "config.json").write_text("{}")
@@ -426,7 +587,7 @@ def test_a_folder_that_gives_other_logits_is_noticed(sources, tmp_path, no_fresh
     stored["model.language_model.norm.weight"] *= 1.01
     save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match="other logits"):
-        verify(model, tmp_path / "model")
+        verify(model, tmp_path / "model", remote_code=True)
 
 
 # ── The Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -517,7 +678,7 @@ def test_language_models_as_stock_models(variant, stock, sources, tensors, tmp_p
     assert from_native.main([*command[:2], *command[4:]]) == 0  # without --vision-tower
     assert "pipeline_tag: text-generation" in (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
     if variant != "g3-moe":
-        monkeypatch.setattr(to_llava, "verify", lambda ours, folder: 0.0)
+        monkeypatch.setattr(conversion.to_llava, "verify", lambda *args, **kwargs: 0.0)
     assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "stock")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
     assert type(model).__name__ == stock

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert.key_table import from_native, key_table, to_native
+from minimind_v_hf.conversion.key_table import from_native, key_table, to_native
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
 
 

@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from transformers.utils import logging
 
-from convert.native_files import ConversionError
+from .native_files import ConversionError
 
 
-def print_table(title: str, rows: Iterable[Sequence[str]]) -> None:
+def print_table(title: str, rows: Iterable[Sequence[object]]) -> None:
     """Print rows in aligned columns under a title."""
-    rows = [list(map(str, row)) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(("  " + "   ".join(cells)).rstrip())
+    for row in cells:
+        print(("  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip())
     sys.stdout.flush()
 
 
@@ -26,11 +25,11 @@ def shorten(names: Sequence[str], limit: int = 3) -> str:
 
 
 def warn(message: str) -> None:
-    """Something that does not stop the conversion, but that the user should know."""
+    """What does not stop the conversion, but the user should know."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def run(convert: Callable[[], None]) -> int:
+def run(convert: Callable[[], object]) -> int:
     """Run a conversion. Returns the exit code: 2 where it cannot be done, after one line that says why."""
     logging.set_verbosity_error()  # our reports say what transformers would, tensor by tensor
     logging.disable_progress_bar()

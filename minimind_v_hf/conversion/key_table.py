@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from minimind_v_hf import MiniMindVConfig, MiniMindVTextConfig
+from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 
 
 Generation = Literal["minimind2-2025-02", "minimind2", "minimind-3"]

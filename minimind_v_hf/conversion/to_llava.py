@@ -1,0 +1,154 @@
+"""A converted folder to a model that transformers and others know without our code, where that is exactly possible.
+
+MiniMind2-V becomes LLaVA: its projector of one linear layer is followed by an identity. A MiniMind language model alone
+becomes Llama, with q/k norm Qwen3, and with q/k norm and experts Qwen3-MoE. Other models are refused, with the reason.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
+from ..processing_minimind_v import MiniMindVProcessor
+from .folders import check_output, empty_model, new_folder, read_model_folder, save_model
+from .native_files import ConversionError, first_line
+from .report import print_table
+from .verification import verify
+
+
+_SHARED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters"),
+    *("attention_dropout", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+_MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+
+
+def convert(model: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+    """Write the stock model, in the dtypes of the folder, and compare its answers with ours in a fresh process.
+
+    Args:
+        model: folder of a MiniMind-V or MiniMind model of this package.
+        output: the folder to write.
+        overwrite: replace a model folder that is there already.
+
+    Raises:
+        ConversionError: no stock model is exactly this one, or the folder is damaged. Nothing is written then.
+    """
+    folder, output = Path(model), Path(output)
+    check_output(output, overwrite, [folder])
+    config, tensors = read_model_folder(folder)
+    is_llava = isinstance(config, MiniMindVConfig)
+    stock_config = stock_llava_config(config) if is_llava else stock_text_config(config)
+    ours = empty_model(config)
+    ours.load_state_dict(tensors, strict=True, assign=True)
+    ours.tie_weights()
+
+    with init_empty_weights(include_buffers=False):
+        stock = LlavaForConditionalGeneration(stock_config) if is_llava else AutoModelForCausalLM.from_config(stock_config)
+    if is_llava and config.projector_num_layers == 1:
+        like = tensors["model.multi_modal_projector.linear_1.weight"]
+        tensors["model.multi_modal_projector.linear_2.weight"] = torch.eye(len(like), dtype=like.dtype)
+        if config.multimodal_projector_bias:
+            tensors["model.multi_modal_projector.linear_2.bias"] = torch.zeros(len(like), dtype=like.dtype)
+    stock.load_state_dict(tensors, strict=True, assign=True)  # the names are the same
+    stock.tie_weights()
+    try:
+        if (folder / "generation_config.json").is_file():
+            stock.generation_config = GenerationConfig.from_pretrained(folder)
+        processor = stock_processor(folder, stock_config)
+    except Exception as error:  # whatever damaged files make their readers raise
+        raise ConversionError(
+            f"{folder}: its processor or generation_config.json cannot be read ({first_line(error)})"
+        ) from None
+
+    dtype = stock.lm_head.weight.dtype
+    with new_folder(output) as staging:
+        # As published LLaVAs have it: transformers 5 reads it with and without `vision_model`, vLLM's LLaVA only with
+        tower = "model.vision_tower."
+        state_dict = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in stock.state_dict().items()}
+        save_model(stock, staging, dtype, state_dict)
+        if processor is not None:
+            processor.save_pretrained(staging)
+        difference = verify(ours, staging, remote_code=False)
+    rows = [("model", type(stock).__name__), ("decoder", stock_config.get_text_config().model_type)]
+    rows += [("parameters", f"{sum(p.numel() for p in stock.parameters()) / 1e6:.1f}M"), ("dtype", str(dtype).split(".")[1])]
+    rows += [("checked", f"logits differ by {difference:.1e} at most, greedy tokens are equal")]
+    print_table(f"{folder} as a stock model", rows)
+    print(f"\nWritten to {output}")
+
+
+def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
+    """The Llama, Qwen3 or Qwen3-MoE that is exactly a MiniMind decoder.
+
+    Raises:
+        ConversionError: none is.
+    """
+    fields = {name: getattr(text, name) for name in _SHARED_FIELDS}
+    if not text.num_experts:
+        return Qwen3Config(**fields) if text.use_qk_norm else LlamaConfig(**fields)
+    if text.num_shared_experts:
+        raise ConversionError("this mixture of experts has a shared expert, and Llama, Qwen3 and Qwen3-MoE have none")
+    if not text.use_qk_norm:
+        raise ConversionError("this mixture of experts has no q/k norm, and Qwen3-MoE always has it")
+    return Qwen3MoeConfig(**fields, **{name: getattr(text, name) for name in _MOE_FIELDS})
+
+
+def stock_llava_config(config: MiniMindVConfig) -> LlavaConfig:
+    """The LLaVA that is exactly a MiniMind-V.
+
+    Raises:
+        ConversionError: LLaVA cannot hold this model.
+    """
+    if config.projector_layer_norm:
+        raise ConversionError("this projector begins with a LayerNorm (minimind-3v), and LLaVA's has none")
+    if config.patches_per_token > 1:
+        raise ConversionError(f"this projector joins {config.patches_per_token} patches, and LLaVA's takes them one by one")
+    if config.vision_config.model_type != "clip_vision_model":
+        raise ConversionError(
+            f"the encoder is {config.vision_config.model_type}: LLaVA takes what its last layer gives, before the last "
+            "layer norm, and drops a class token. Only of CLIP is that what MiniMind-V takes"
+        )
+    return LlavaConfig(
+        text_config=stock_text_config(config.text_config),
+        vision_config=config.vision_config,
+        image_token_index=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",  # without the class token
+        projector_hidden_act="linear" if config.projector_num_layers == 1 else config.projector_hidden_act,
+        multimodal_projector_bias=config.multimodal_projector_bias,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+def stock_processor(folder: Path, config: PreTrainedConfig):
+    """LLaVA's processor with our tokenizer and chat template; the tokenizer of a language model, or None if it has none."""
+    if not isinstance(config, LlavaConfig):
+        return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    processor = MiniMindVProcessor.from_pretrained(folder)
+    # The way to our code
+    processor.image_processor.__dict__.pop("auto_map", None)
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
+    return LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy above takes off again
+    )
