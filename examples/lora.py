@@ -1,6 +1,6 @@
 """Teach a model with LoRA: small matrices beside the decoder's, and the projector, while everything else stays as it is.
 
-    accelerate launch examples/lora.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
+    python examples/lora.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
         --output_dir runs/lora
 
 Leaves the adapter in `adapter/`, a few MB to be loaded beside the model that it was trained for, and in `merged/` a model of

@@ -1,6 +1,6 @@
 """Stage 1: teach the projector to bring images to the language model.
 
-    accelerate launch examples/pretrain.py --model runs/start --data_files pretrain.jsonl --image_folder images \\
+    python examples/pretrain.py --model runs/start --data_files pretrain.jsonl --image_folder images \\
         --output_dir runs/pretrain
 
 Flags may stand in a YAML or JSON file, which comes first; several cards need a configuration of accelerate:

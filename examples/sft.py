@@ -1,6 +1,6 @@
 """Stage 2: teach the model to follow instructions about images.
 
-    accelerate launch examples/sft.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
+    python examples/sft.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
         --output_dir runs/sft
 
 Flags may stand in a YAML or JSON file, which comes first; several cards need a configuration of accelerate:

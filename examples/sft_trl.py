@@ -1,6 +1,6 @@
 """Stage 2 with TRL's `SFTTrainer`, for those who use its other methods and flags.
 
-    accelerate launch examples/sft_trl.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
+    python examples/sft_trl.py --model runs/pretrain --data_files sft.jsonl --image_folder images \\
         --output_dir runs/sft_trl
 
 Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs TRL (`pip install -e ".[trl]"`).

@@ -791,6 +791,21 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     assert int(alone.stdout) == make_model().num_parameters(), alone.stderr[-2000:]
 
 
+def test_the_best_checkpoint_is_loaded_in_two_processes(home, launch, tmp_path):
+    done = launch(
+        tmp_path,
+        *("--learning_rate", 0.5, "--max_steps", 8, "--per_device_train_batch_size", 2, "--load_best_model_at_end", "true"),
+        *("--eval_files", home / "train.jsonl", "--eval_strategy", "steps", "--eval_steps", 4, "--samples", 0),
+        processes=2,
+    )
+    assert done.returncode == 0, done.output[-3000:]
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{state['best_global_step']}")
+    best = load_checkpoint(state["best_model_checkpoint"]).state_dict()
+    saved = MiniMindVForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in saved.items())
+
+
 def test_fsdp_in_two_processes(home, rows, launch, tmp_path, uninterrupted):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join((home / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
