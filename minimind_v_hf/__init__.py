@@ -22,7 +22,7 @@ from .modeling_minimind_v import (
 from .processing_minimind_v import MiniMindVProcessor
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(MiniMindVTextConfig.model_type, MiniMindVTextConfig)
 AutoConfig.register(MiniMindVConfig.model_type, MiniMindVConfig)
