@@ -1,5 +1,7 @@
-"""What the tests rely on themselves: a test that crashes or hangs ends the run as a failure, and soon."""
+"""What the tests rely on themselves, and the pages: a broken test ends the run, and what the README names is there."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +36,33 @@ def test_a_broken_test_ends_the_run_as_a_failure(tmp_path, code, message):
     assert done.returncode == 1, done.stdout
     assert message in done.stdout
     assert "1 failed, 6 passed" in done.stdout
+
+
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```\w*\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", prose)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    for language, code in blocks:
+        if language == "python":
+            compile(code, page.name, "exec")
+    scripts = re.findall(r"\b((?:examples|convert|benchmarks|tests|minimind_v_hf|notebooks)/[\w/]+\.\w+)", text)
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+    modules = re.findall(r"python -m (minimind_v_hf[\w.]*)", text)
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_the_readmes_are_short_and_alike():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+    assert len(english.splitlines()) <= 200
+    assert len(chinese.splitlines()) <= 200
+    for mark in (r"^#+ ", r"^\|", r"^```", r"^\* ", r"^!\["):
+        assert len(re.findall(mark, english, re.MULTILINE)) == len(re.findall(mark, chinese, re.MULTILINE))
+    # The same commands, but for the words in them and the comments
+    commands = r"^(?:python|accelerate|transformers|pip) \S+ \S+"
+    assert re.findall(commands, english, re.MULTILINE) == re.findall(commands, chinese, re.MULTILINE)
