@@ -1,9 +1,11 @@
 """What the tests rely on themselves, and the pages: a broken test ends the run, and what the README names is there."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_what_a_page_names_exists(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
     for language, code in blocks:
         if language == "python":
-            compile(code, page.name, "exec")
+            ast.parse(textwrap.dedent(code))
     scripts = re.findall(r"\b((?:examples|convert|benchmarks|tests|minimind_v_hf|notebooks)/[\w/]+\.\w+)", text)
     assert [script for script in scripts if not (ROOT / script).exists()] == []
     modules = re.findall(r"python -m (minimind_v_hf[\w.]*)", text)
