@@ -3,7 +3,7 @@
     python benchmarks/training.py --steps 6
 
 Draws data shaped like MiniMind-V's (JPEGs of 256 pixels, 196 image tokens, 20 to 300 text tokens), and trains MiniMind2-V small
-on it in five ways, each in a process of its own so that its peak memory is its own:
+on it in five variants, each in a process of its own so that its peak memory is its own:
 
     stock       transformers' LLaVA of the same size, default Trainer settings, padded to the maximum length
     unpacked    MiniMindVTrainer with dynamic padding
@@ -47,7 +47,7 @@ from minimind_v_hf.training import (
 )
 
 
-WAYS = ("stock", "unpacked", "grouped", "packed", "kept")
+VARIANTS = ("stock", "unpacked", "grouped", "packed", "kept")
 STAGES = {
     "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16, "pack_length": 1280},
     "sft": {"trainable": "llm", "max_length": 1536, "batch": 4, "pack_length": 1536},
@@ -143,36 +143,36 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> Train
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        remove_unused_columns=False,  # or the pictures are lost
+        remove_unused_columns=False,  # or the images are lost
         use_cpu=not torch.cuda.is_available(),
     )
     data = load_conversations(folder / "train.jsonl", folder / "images")
     return Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
 
 
-def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str) -> Trainer:
+def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: str) -> Trainer:
     processor = load_processor(folder)
     model = make_model(processor)
     freeze(model, stage["trainable"])
     data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
     bf16 = has_fast_bf16()
-    collator = MiniMindVCollator(processor, uint8_pixels=way != "kept")
-    if way == "kept":
+    collator = MiniMindVCollator(processor, uint8_pixels=variant != "kept")
+    if variant == "kept":
         if torch.cuda.is_available():
             model.cuda()
         dtype = torch.bfloat16 if bf16 else torch.float32
         collator = CachedFeaturesCollator(collator, encode_images(model, collator, [data], folder / "features", dtype))
     batch_size = stage["batch"]
-    if way == "packed":
+    if variant == "packed":
         data = pack(data, stage["pack_length"])
         batch_size = max(1, batch_size * 380 // stage["pack_length"])  # a sample has 380 tokens or so
     args = TrainingArguments(
         **native_recipe()
         | {
-            "output_dir": str(folder / way),
+            "output_dir": str(folder / variant),
             "max_steps": arguments.steps + WARM_UP,
             "per_device_train_batch_size": batch_size,
-            "train_sampling_strategy": "group_by_length" if way in ("grouped", "kept") else "random",
+            "train_sampling_strategy": "group_by_length" if variant in ("grouped", "kept") else "random",
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -183,10 +183,10 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, way: str)
     return MiniMindVTrainer(model=model, args=args, train_dataset=data, data_collator=collator, processing_class=processor)
 
 
-def measure(way: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train in one way, in this process."""
+def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Train one variant, in this process."""
     stage = STAGES[arguments.stage]
-    trainer = run_stock(folder, stage, arguments) if way == "stock" else run_ours(folder, stage, arguments, way)
+    trainer = run_stock(folder, stage, arguments) if variant == "stock" else run_ours(folder, stage, arguments, variant)
     counter = Counter(trainer, load_processor(folder).tokenizer.pad_token_id)
     watch = Stopwatch()
     trainer.add_callback(watch)
@@ -268,8 +268,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="whose recipe (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=512, help="rows of data (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-training"), help="folder (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which to measure (default: all)")
-    parser.add_argument("--only", choices=[*WAYS, "profile"], help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="which to measure (default: all)")
+    parser.add_argument("--only", choices=[*VARIANTS, "profile"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     data = arguments.output / f"data-{arguments.rows}"
     if arguments.only:
@@ -280,7 +280,7 @@ def main() -> None:
     if not (data / "train.jsonl").exists():
         write_data(data, arguments.rows)
     results = {}
-    for only in [*arguments.ways, "profile"]:
+    for only in [*arguments.variants, "profile"]:
         print(f"Measuring: {only}", flush=True)
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", only], check=True)
         results[only] = json.loads((arguments.output / f"{only}.json").read_text())
@@ -299,12 +299,12 @@ def main() -> None:
     columns = ("", "samples/s", "of stock", "CPU s/sample", "of stock", "tokens/s", "peak memory", "padding")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     base = results.get("stock")
-    for way in arguments.ways:
-        row = results[way]
+    for variant in arguments.variants:
+        row = results[variant]
         by_clock = f"{row['samples_per_second'] / base['samples_per_second']:.1f} x" if base else ""
         by_work = f"{base['cpu_seconds_per_sample'] / row['cpu_seconds_per_sample']:.1f} x" if base else ""
         print(
-            f"| {way} | {row['samples_per_second']:.2f} | {by_clock} | {row['cpu_seconds_per_sample']:.2f} | {by_work} "
+            f"| {variant} | {row['samples_per_second']:.2f} | {by_clock} | {row['cpu_seconds_per_sample']:.2f} | {by_work} "
             f"| {row['tokens_per_second']:,.0f} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |"
         )
     print("\n| a sample, unpacked | ms (on a CPU, of its own time) |\n|---|---|")

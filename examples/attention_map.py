@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minimind_v_hf.chat import errors_in_one_line, load_model
-from minimind_v_hf.drawing import chinese_font
+from minimind_v_hf.drawing import font_names
 
 
 COLUMNS = 6
@@ -97,7 +97,7 @@ def draw_looks(looks: list[Look], pictures: np.ndarray, question: str, path: Pat
     cells = [(look, number) for look in looks for number in range(len(pictures))]
     columns = min(COLUMNS * len(pictures) if len(pictures) < 3 else COLUMNS, len(cells) + 1)
     lines = math.ceil((len(cells) + 1) / columns)
-    with matplotlib.rc_context({"font.family": [name for name in (chinese_font(), "DejaVu Sans") if name]}):
+    with matplotlib.rc_context({"font.family": font_names()}):
         figure = Figure(figsize=(columns * 2, lines * 2.35 + 0.5), layout="constrained")
         figure.suptitle(" ".join(question.split()).replace("$", r"\$"), fontsize=12)
         axes = figure.subplots(lines, columns, squeeze=False).flat

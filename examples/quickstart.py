@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
-from minimind_v_hf.drawing import draw_answers, draw_loss
+from minimind_v_hf.drawing import draw_answers, draw_curves
 from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
@@ -147,7 +147,7 @@ def main() -> None:
     model_folder = folder / "model"
     model.save_pretrained(model_folder)
     processor.save_pretrained(model_folder)
-    draw_loss([(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry], folder / "loss.png")
+    draw_curves(trainer.state.log_history, folder / "loss.png")
     stage_done("train and save")
 
     # ── Held-out questions, in a process of their own that knows only the saved folder ───────────────────────────────

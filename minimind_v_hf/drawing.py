@@ -1,14 +1,19 @@
-"""The pictures that the examples draw: held-out questions with their answers, and the loss."""
+"""What is drawn of a model: held-out questions with their answers, and the curves of its training. Needs matplotlib."""
 
 import itertools
 import math
 import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 from transformers.image_utils import load_image
 
 
@@ -37,55 +42,86 @@ def chinese_font() -> str | None:
     return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
-def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, columns: int = 6, lines: int = 4) -> None:
-    """Draw a sheet of pictures, each with question, answer, and right or wrong.
+def font_names() -> list[str]:
+    """The fonts to draw text with, the first that has a glyph first."""
+    return [name for name in (chinese_font(), "DejaVu Sans") if name]
+
+
+@dataclass
+class Panel:
+    """A part of a sheet: an image, or none, with text above it and below it, and the colour of its frame."""
+
+    image: Image.Image | None
+    title: str
+    label: str
+    colour: str = "black"
+
+
+def draw_sheet(panels: Sequence[Panel], path: Path, columns: int, width: float = 2.3, fontsize: int = 10) -> None:
+    """Draw images with what is asked and answered about them as a PNG file.
 
     Args:
-        rows: as `evaluate.py` writes them; of several pictures the first is drawn, and of several questions the last.
-        image_folder: where the pictures are.
-        path: the PNG file to write.
-        columns: pictures side by side.
-        lines: pictures one below the other, at most.
+        panels: one for each image.
+        path: the file to write.
+        columns: images side by side.
+        width: of a panel, in inches.
+        fontsize: of what stands below an image, in points.
     """
-    font = chinese_font()
-    if font is None and not all(_question(row).isascii() for row in rows):
-        print("No font with Chinese glyphs was found (install Noto Sans CJK, say): the sheet shows English questions only.")
-        rows = [row for row in rows if _question(row).isascii()]
-    # As many right and wrong ones as there are: a fair sample
-    rows = random.Random(0).sample(rows, min(len(rows), columns * lines))
-    lines = max(1, math.ceil(len(rows) / columns))
-    with matplotlib.rc_context({"font.family": [name for name in (font, "DejaVu Sans") if name]}):
-        figure = Figure(figsize=(columns * 2.3, lines * 2.75), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08, hspace=0.06)
-        axes = figure.subplots(lines, columns, squeeze=False)
-        for axis, row in itertools.zip_longest(axes.flat, rows):
+    lines = max(1, math.ceil(len(panels) / columns))
+    with matplotlib.rc_context({"font.family": font_names()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        layout = ConstrainedLayoutEngine(h_pad=0.08, hspace=0.06)
+        figure = Figure(figsize=(columns * width, lines * width * 1.2), layout=layout)
+        for axis, panel in itertools.zip_longest(figure.subplots(lines, columns, squeeze=False).flat, panels):
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is None:
+            if panel is None:
                 axis.axis("off")
                 continue
-            colour = RIGHT if row["right"] else WRONG
-            axis.imshow(load_image(str(image_folder / row["image"].split(",")[0].strip())))
-            axis.set_title(wrap(_shorten(_question(row))), fontsize=9)
-            answer, right = (_shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
-            verdict = answer if row["right"] else f"{answer} (not {right})"
-            axis.set_xlabel(wrap(("✓ " if row["right"] else "✗ ") + verdict, 26), color=colour, fontsize=11)
+            if panel.image is not None:
+                axis.imshow(panel.image)
+            axis.set_title(panel.title, fontsize=9, parse_math=False)
+            axis.set_xlabel(panel.label, color=panel.colour, fontsize=fontsize, parse_math=False)
             for spine in axis.spines.values():
-                spine.set(color=colour, linewidth=3)
-        figure.savefig(path, dpi=110)
+                spine.set(color=panel.colour, linewidth=3)
+        figure.savefig(path, dpi=110, format="png")
+
+
+def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, columns: int = 6, lines: int = 4) -> None:
+    """Draw a sheet of images, each with question, answer, and right or wrong.
+
+    Args:
+        rows: as `evaluate.py` writes them; of several images the first is drawn, and of several questions the last.
+        image_folder: where the images are.
+        path: the PNG file to write.
+        columns: images side by side.
+        lines: images one below the other, at most.
+    """
+    if chinese_font() is None and not all(_question(row).isascii() for row in rows):
+        print("No font with Chinese glyphs was found (install Noto Sans CJK, say): the sheet shows English questions only.")
+        rows = [row for row in rows if _question(row).isascii()]
+    panels = []
+    # As many right and wrong ones as there are: a fair sample
+    for row in random.Random(0).sample(rows, min(len(rows), columns * lines)):
+        answer, right = (shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
+        verdict = f"✓ {answer}" if row["right"] else f"✗ {answer} (not {right})"
+        image = load_image(str(image_folder / row["image"].split(",")[0].strip()))
+        panels.append(Panel(image, wrap(shorten(_question(row))), wrap(verdict, 26), RIGHT if row["right"] else WRONG))
+    draw_sheet(panels, path, columns)
 
 
 def _question(row: dict[str, Any]) -> str:
     return row["conversations"][-2]["content"].replace("<image>", "").strip()
 
 
-def _shorten(text: str, length: int = 48) -> str:
-    text = " ".join(text.split()).replace("$", r"\$")  # which would begin a formula
+def shorten(text: str, length: int = 48) -> str:
+    """The text in one line, and at most so long."""
+    text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return text if len(text) <= length else text[:length] + "…"
 
 
 def wrap(text: str, width: int = 24) -> str:
-    """Break a line near the middle if it is too long for a picture's width."""
+    """Break a line near the middle if it is too long for an image's width."""
     if len(text) <= width or " " not in text:
         return text
     spaces = [i for i, character in enumerate(text) if character == " "]
@@ -93,11 +129,18 @@ def wrap(text: str, width: int = 24) -> str:
     return f"{text[:middle]}\n{text[middle + 1 :]}"
 
 
-def draw_loss(points: list[tuple[int, float]], path: Path) -> None:
-    """Draw the training loss by step as a PNG file."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(*zip(*points, strict=True), color="#1f5fd0")
-    axis.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draw loss and learning rate by step as a PNG file, from `trainer.state.log_history`."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    losses, rates = figure.subplots(1, 2)
+    for axis, name, label in ((losses, "loss", "training"), (losses, "eval_loss", "held out"), (rates, "learning_rate", None)):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
+    losses.set(xlabel="step", ylabel="loss")
+    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    if losses.lines:
+        losses.legend()
+    for axis in (losses, rates):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, format="png")

@@ -72,7 +72,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a model to start from, rows about plain pictures, some of text alone, and a file of arguments."""
+    """A folder with a model to start from, rows about plain images, some of text alone, and a file of arguments."""
     home = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
     make_model().save_pretrained(home / "start")
@@ -348,7 +348,7 @@ def test_metrics_are_what_they_say(home, rows, tmp_path):
 
 
 def test_flops_of_a_step_are_those_that_torch_counts():
-    """With one sample of one picture and all positions labelled, for which the formula allows no discount."""
+    """With one sample of one image and all positions labelled, for which the formula allows no discount."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make_model(attn_implementation="eager").train()
@@ -980,7 +980,7 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
 
 
 def test_parts_that_do_not_fit_are_refused_at_once(home):
-    with pytest.raises(ValueError, match="makes 16 tokens of a picture, but --config minimind2-v-small expects 196"):
+    with pytest.raises(ValueError, match="makes 16 tokens of an image, but --config minimind2-v-small expects 196"):
         load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), seed=1)
 
 
@@ -1006,20 +1006,20 @@ def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, 
 
 
 def test_kept_features_follow_what_they_were_made_of(tmp_path):
-    picture, kept = str(tmp_path / "picture.png"), tmp_path / "kept"
-    make_image("red").save(picture)
-    rows, collator = Dataset.from_dict({"images": [[picture]]}), MiniMindVCollator(make_processor())
+    image, kept = str(tmp_path / "image.png"), tmp_path / "kept"
+    make_image("red").save(image)
+    rows, collator = Dataset.from_dict({"images": [[image]]}), MiniMindVCollator(make_processor())
     model = make_model()
     freeze(model, "llm")
 
     def encoded(dtype=torch.float32):
-        return encode_images(model, collator, [rows], kept, dtype)([picture])
+        return encode_images(model, collator, [rows], kept, dtype)([image])
 
     red = encoded()
     written = (kept / "features.npy").stat().st_ino
     assert torch.equal(encoded(), red)
     assert (kept / "features.npy").stat().st_ino == written
-    make_image("blue", (21, 20)).save(picture)
+    make_image("blue", (21, 20)).save(image)
     blue = encoded()
     assert not torch.equal(blue, red)
     assert encoded(torch.bfloat16).dtype == torch.bfloat16

@@ -1,22 +1,10 @@
 """Training: what learns, the Trainer and its checkpoints, metrics, command lines, cached features and reports."""
 
-from .arguments import (
-    FreezingArguments,
-    RunArguments,
-    StageArguments,
-    TrainingData,
-    checkpoint_to_resume,
-    claim_new_output_dir,
-    errors_in_one_line,
-    load_data,
-    load_start,
-    make_collator,
-    native_recipe,
-    parse_arguments,
-)
-from .checkpoints import encoder_digest, load_checkpoint
+from .arguments import FreezingArguments, RunArguments, StageArguments, errors_in_one_line, native_recipe, parse_arguments
+from .checkpoints import checkpoint_to_resume, claim_new_output_dir, encoder_digest, load_checkpoint
 from .features import CachedFeaturesCollator, FeatureCache, encode_images
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
+from .loading import TrainingData, load_data, load_start, make_collator
 from .metering import StepMeter, matmul_rate, training_flops
 from .reports import SampleSheet
 from .trainer import MiniMindVTrainer

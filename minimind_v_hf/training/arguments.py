@@ -1,4 +1,4 @@
-"""What a training script is told and starts from: the native recipe as defaults, the command line, and the first model."""
+"""What a training script is told: the native recipe as defaults, and the command line."""
 
 import argparse
 import contextlib
@@ -12,27 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    HfArgumentParser,
-    ProcessorMixin,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
-from ..configuration_minimind_v import MiniMindVConfig
-from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
-from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from ..processing_minimind_v import MiniMindVProcessor
 from ..quantization import has_fast_bf16
-from .checkpoints import check_checkpoint, claim_output_dir, last_checkpoint
-from .features import CachedFeaturesCollator, encode_images
 from .freezing import TRAINABLE
 
 
@@ -61,13 +45,13 @@ class RunArguments:
     )
     data_files: list[str] = field(default_factory=list, metadata={"help": "The training data: files, or patterns of names."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder or zip archive that names of pictures are relative to."}
+        default=None, metadata={"help": "Folder or zip archive that names of images are relative to."}
     )
     eval_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Held-out data, for evaluation: by default after each epoch."},
     )
-    max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its pictures; longer ones are cut."})
+    max_length: int = field(default=640, metadata={"help": "Longest sample in tokens, with its images; longer ones are cut."})
     pack_length: int | None = field(
         default=None,
         metadata={"help": "Fill rows of so many tokens with several samples each: hardly any padding, more samples in a step."},
@@ -75,7 +59,7 @@ class RunArguments:
     cache_features: str | None = field(
         default=None,
         metadata={
-            "help": "Folder to keep the frozen encoder's output in: later epochs need no encoder (300 to 600 KB a picture)."
+            "help": "Folder to keep the frozen encoder's output in: later epochs need no encoder (300 to 600 KB an image)."
         },
     )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as it is used; needs --max_steps."})
@@ -119,7 +103,7 @@ def native_recipe() -> dict[str, Any]:
         "bf16": has_fast_bf16(),
         "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
-        # Each process collates for itself: a batch of pictures cannot be sliced into rows
+        # Each process collates for itself: a batch of images cannot be sliced into rows
         "accelerator_config": {"dispatch_batches": False},
         "dataloader_num_workers": min(4, max(1, (os.cpu_count() or 2) // 2)),
         "logging_steps": 10,
@@ -228,7 +212,7 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) ->
     if run.config is not None and run.processor is None:
         raise ValueError(f"--config {run.config} needs --processor: the folder of a processor or of a tokenizer.")
     if not run.data_files:
-        raise ValueError("Give the training data with --data_files, and the folder of its pictures with --image_folder.")
+        raise ValueError("Give the training data with --data_files, and the folder of its images with --image_folder.")
     if trainable not in (None, *TRAINABLE):
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     if run.streaming and args.max_steps <= 0:
@@ -241,182 +225,3 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) ->
         raise ValueError("--cache_features needs a frozen encoder and data that is not streamed.")
     if not run.eval_files and args.eval_strategy != "no":
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_files: the held-out data.")
-
-
-def make_collator(
-    run: RunArguments,
-    args: TrainingArguments,
-    processor: MiniMindVProcessor,
-    model: MiniMindVForConditionalGeneration,
-    data: "TrainingData",
-    uint8_pixels: bool = True,
-) -> MiniMindVCollator | CachedFeaturesCollator:
-    """The collator of a training script: gives pixels, or, with `cache_features`, what the encoder made of them."""
-    if not run.cache_features:
-        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels)
-    collator = MiniMindVCollator(processor)
-    sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    with args.main_process_first(desc="encoding the pictures"):
-        cache = encode_images(model.to(args.device), collator, sets, run.cache_features, dtype)
-    return CachedFeaturesCollator(collator, cache)
-
-
-@dataclass
-class TrainingData:
-    """What a training script reads: rows for the Trainer, held-out rows, and what was counted on the way."""
-
-    train: Any
-    held_out: Any = None
-    held_out_conversations: Any = None
-    reports: dict[str, DataReport] = field(default_factory=dict)
-
-
-def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVProcessor) -> TrainingData:
-    """Read, mend, count and tokenise the training and the held-out data, once for all processes, and pack on demand."""
-    data = TrainingData(train=None, reports={} if run.streaming else {"training": DataReport()})
-    checks: dict[str, Any] = {"strict": run.strict, "max_dropped": run.max_dropped}
-    augmentations: dict[str, Any] = {
-        "random_system": run.random_system,
-        "drop_empty_thinking": run.drop_empty_thinking,
-        "seed": args.seed,
-    }
-    with args.main_process_first(desc="reading the data"):
-        report = data.reports.get("training")
-        rows = load_conversations(run.data_files, run.image_folder, streaming=run.streaming, report=report, **checks)
-        if run.streaming:
-            rows = rows.shuffle(args.seed, buffer_size=1000)  # alike in all processes, and again in a run that is resumed
-        data.train = tokenize_conversations(rows, processor, run.max_length, report=report, **augmentations)
-        if run.eval_files:
-            report = data.reports["held out"] = DataReport()
-            data.held_out_conversations = load_conversations(run.eval_files, run.image_folder, report=report, **checks)
-            data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
-    if run.pack_length:
-        data.train = pack(data.train, run.pack_length, args.seed)
-    if run.streaming:
-        if next(iter(data.train), None) is None:
-            raise ValueError(f"The data set has nothing to learn from within max_length={run.max_length}.")
-        data.train = data.train.repeat(None)  # a resumed run finds its place, also after the first pass
-    if args.should_log:
-        for name, report in data.reports.items():
-            print(f"{name}: {report}")
-    return data
-
-
-def claim_new_output_dir(args: TrainingArguments, finished: str = CONFIG_NAME) -> None:
-    """Keep other runs out of the output folder, and this run out of a folder with the model of a finished one.
-
-    Args:
-        args: with the output folder.
-        finished: the file in it by which a finished run is known.
-
-    Raises:
-        ValueError: another run is writing into it, or a finished one has, and nobody asked to go on with that.
-    """
-    if args.process_index == 0:
-        claim_output_dir(args.output_dir)
-    if args.resume_from_checkpoint is None and (Path(args.output_dir) / finished).exists():
-        raise ValueError(f"{args.output_dir} holds the model of a finished run: choose another --output_dir, or remove it.")
-
-
-def checkpoint_to_resume(args: TrainingArguments, finished: str = CONFIG_NAME) -> str | None:
-    """The checkpoint to go on from: the one that was asked for, or the last in the output folder, or None for a new run.
-
-    Args:
-        args: with the output folder.
-        finished: the file in it by which a finished run is known.
-
-    Raises:
-        ValueError: there is none that can be used, where one is asked for, or the output folder is not this run's.
-    """
-    claim_new_output_dir(args, finished)
-    asked = args.resume_from_checkpoint
-    if asked not in (None, "true", "True", True):
-        check_checkpoint(asked)
-        return asked
-    last = last_checkpoint(args.output_dir)
-    if last is None and asked is not None:
-        raise ValueError(f"--resume_from_checkpoint: there is no complete checkpoint in {args.output_dir}.")
-    if last is not None and args.should_log:
-        print(f"Going on from {last}.")
-    return last
-
-
-@contextlib.contextmanager
-def _loading(source: str | None) -> Iterator[None]:
-    """Around the loading of a folder or Hub id: a damaged file may raise anything in the libraries that read it."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"Cannot load {source}: {error}") from error
-
-
-def _load_whole(auto_class: Any, source: str) -> Any:
-    """A model in float32 with all of its weights.
-
-    Raises:
-        ValueError: it cannot be loaded, or lacks weights.
-    """
-    with _loading(source):
-        model, info = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {missing[0]}.")
-    return model
-
-
-def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
-    """The model and the processor to start from, as the arguments say: trained ones, or fresh weights put together.
-
-    Raises:
-        ValueError: they do not fit each other.
-    """
-    if run.model is not None:
-        with _loading(run.model):
-            processor = AutoProcessor.from_pretrained(run.model)
-        return _load_whole(MiniMindVForConditionalGeneration, run.model), processor
-
-    presets = MiniMindVConfig.presets()
-    config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
-    processor = _load_processor(run, config)
-    config.image_token_id = processor.image_token_id
-    if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {run.processor} has {size} tokens, but --config {run.config} has a vocabulary of "
-            f"{config.text_config.vocab_size}."
-        )
-    if processor.image_seq_length != config.image_seq_length:
-        raise ValueError(
-            f"The processor of {run.processor} makes {processor.image_seq_length} tokens of a picture, but --config "
-            f"{run.config} expects {config.image_seq_length}: give a processor for its encoder, or a tokenizer alone."
-        )
-    set_seed(seed)
-    model = MiniMindVForConditionalGeneration(config)
-    if run.vision_tower is not None:
-        tower = _load_whole(AutoModel, run.vision_tower)
-        _take_weights(model.model.vision_tower, getattr(tower, "vision_model", tower), run.vision_tower)
-    if run.language_model is not None:
-        language_model = _load_whole(AutoModelForCausalLM, run.language_model)
-        _take_weights(model.model.language_model, language_model.base_model, run.language_model)
-        _take_weights(model.lm_head, language_model.get_output_embeddings(), run.language_model)
-    return model, processor
-
-
-def _take_weights(module: torch.nn.Module, other: torch.nn.Module, source: str) -> None:
-    try:
-        module.load_state_dict(other.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"The weights of {source} do not fit --config: {error}") from error
-
-
-def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
-    with _loading(run.processor):
-        loaded = AutoProcessor.from_pretrained(run.processor)
-    if isinstance(loaded, ProcessorMixin):
-        return loaded
-    if run.vision_tower is not None:
-        with _loading(run.vision_tower):
-            image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
-    else:
-        side = config.vision_config.image_size
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return MiniMindVProcessor.build(image_processor, loaded, config)

@@ -15,9 +15,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
@@ -148,6 +148,45 @@ def explained_failure(folder: Path, output_dir: str) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         cause = "the disk is full" if free < 2**24 else f"with {free / 1e9:.1f} GB free on its disk"
         raise OSError(f"{folder} could not be written, {cause}: {error}. {what_is_saved(output_dir)}") from error
+
+
+def claim_new_output_dir(args: TrainingArguments, finished: str = CONFIG_NAME) -> None:
+    """Keep other runs out of the output folder, and this run out of a folder with the model of a finished one.
+
+    Args:
+        args: with the output folder.
+        finished: the file in it by which a finished run is known.
+
+    Raises:
+        ValueError: another run is writing into it, or a finished one has, and nobody asked to go on with that.
+    """
+    if args.process_index == 0:
+        claim_output_dir(args.output_dir)
+    if args.resume_from_checkpoint is None and (Path(args.output_dir) / finished).exists():
+        raise ValueError(f"{args.output_dir} holds the model of a finished run: choose another --output_dir, or remove it.")
+
+
+def checkpoint_to_resume(args: TrainingArguments, finished: str = CONFIG_NAME) -> str | None:
+    """The checkpoint to go on from: the one that was asked for, or the last in the output folder, or None for a new run.
+
+    Args:
+        args: with the output folder.
+        finished: the file in it by which a finished run is known.
+
+    Raises:
+        ValueError: there is none that can be used, where one is asked for, or the output folder is not this run's.
+    """
+    claim_new_output_dir(args, finished)
+    asked = args.resume_from_checkpoint
+    if asked not in (None, "true", "True", True):
+        check_checkpoint(asked)
+        return asked
+    last = last_checkpoint(args.output_dir)
+    if last is None and asked is not None:
+        raise ValueError(f"--resume_from_checkpoint: there is no complete checkpoint in {args.output_dir}.")
+    if last is not None and args.should_log:
+        print(f"Going on from {last}.")
+    return last
 
 
 # ── Checkpoints without their encoder ────────────────────────────────────────────────────────────────────────────────

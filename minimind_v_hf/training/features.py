@@ -1,7 +1,7 @@
 """The frozen encoder's patch vectors, computed once and kept on disk, for runs of several epochs.
 
-A picture of 224 pixels is 10 KB as a JPEG and 300 KB as vectors in bfloat16, but reading those takes a hundredth of the time
-of encoding it: worth it up to some ten thousands of pictures.
+An image of 224 pixels is 10 KB as a JPEG and 300 KB as vectors in bfloat16, but reading those takes a hundredth of the time
+of encoding it: worth it up to some ten thousands of images.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def _name(source: str | bytes) -> str:
 
 
 class FeatureCache:
-    """Patch vectors of pictures, from a folder that `encode_images` filled.
+    """Patch vectors of images, from a folder that `encode_images` filled.
 
     Args:
         folder: with `index.json` and `features.npy`.
@@ -42,7 +42,7 @@ class FeatureCache:
         self._features = np.load(Path(folder) / "features.npy", mmap_mode="r")
 
     def __call__(self, sources: list[str | bytes]) -> torch.Tensor:
-        """The patch vectors (images, patches, width) of pictures, in float32 or bfloat16."""
+        """The patch vectors (images, patches, width) of images, in float32 or bfloat16."""
         vectors = torch.from_numpy(self._features[[self.rows[_name(source)] for source in sources]])
         return vectors.view(torch.bfloat16) if vectors.dtype == torch.int16 else vectors
 
@@ -56,9 +56,9 @@ def encode_images(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> FeatureCache:
-    """Encode every picture of some data sets once, unless the folder has them already.
+    """Encode every image of some data sets once, unless the folder has them already.
 
-    It is done again when a picture's file has changed since, in size or time, or the encoder, its image processor or `dtype`.
+    It is done again when an image's file has changed since, in size or time, or the encoder, its image processor or `dtype`.
 
     Args:
         model: with a frozen encoder.
@@ -66,14 +66,14 @@ def encode_images(
         datasets: with the column `images`.
         folder: to fill; it is written under another name first.
         dtype: float32, which changes no loss, or bfloat16, of half the size.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
 
     Raises:
         ValueError: the encoder learns, the folder holds something else, or the disk is too small.
     """
     folder, tower = Path(folder), model.model.vision_tower
     if not is_frozen(tower):
-        raise ValueError("Vectors of pictures can be kept only while the encoder is frozen: trainable='all' changes them.")
+        raise ValueError("Vectors of images can be kept only while the encoder is frozen: trainable='all' changes them.")
     sources = {
         _name(source): source
         for dataset in datasets
@@ -85,7 +85,7 @@ def encode_images(
     origin = "\n".join([encoder_digest(model), str(dtype), collator.processor.image_processor.to_json_string()])
     if folder.exists():
         if not (folder / "index.json").exists():  # it is replaced below
-            raise ValueError(f"{folder} holds something else than vectors of pictures: name a folder that does not exist yet.")
+            raise ValueError(f"{folder} holds something else than vectors of images: name a folder that does not exist yet.")
         cache = FeatureCache(folder)
         if cache.origin == origin and states.items() <= cache.states.items():
             return cache
@@ -94,21 +94,19 @@ def encode_images(
     folder.parent.mkdir(parents=True, exist_ok=True)
     size, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(folder.parent).free
     if size > 0.9 * free:
-        raise ValueError(
-            f"The vectors of {len(sources):,} pictures take {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free."
-        )
+        raise ValueError(f"The vectors of {len(sources):,} images take {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.")
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     stored = np.int16 if dtype == torch.bfloat16 else np.float32
     features = np.lib.format.open_memmap(unfinished / "features.npy", mode="w+", dtype=stored, shape=shape)
     names = list(sources)
-    for start in tqdm(range(0, len(names), batch_size), desc="Encoding pictures", unit="batch"):
-        some = [sources[name] for name in names[start : start + batch_size]]
-        pixels = collator([{"input_ids": [0], "labels": [-100], "images": some}])["pixel_values"]
+    for start in tqdm(range(0, len(names), batch_size), desc="Encoding images", unit="batch"):
+        batch = [sources[name] for name in names[start : start + batch_size]]
+        pixels = collator([{"input_ids": [0], "labels": [-100], "images": batch}])["pixel_values"]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             vectors = tower(pixels.to(model.device)).last_hidden_state[:, -num_patches:].to(dtype).cpu()
-        features[start : start + len(some)] = (vectors.view(torch.int16) if dtype == torch.bfloat16 else vectors).numpy()
+        features[start : start + len(batch)] = (vectors.view(torch.int16) if dtype == torch.bfloat16 else vectors).numpy()
     features.flush()
     (unfinished / "index.json").write_text(json.dumps({"origin": origin, "images": states}), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +119,7 @@ class CachedFeaturesCollator:
 
     Args:
         collator: for everything else.
-        cache: has the pictures of every row.
+        cache: has the images of every row.
     """
 
     def __init__(self, collator: MiniMindVCollator, cache: FeatureCache):
@@ -130,11 +128,11 @@ class CachedFeaturesCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         samples = [sample for row in rows for sample in row.get("samples", [row])]
         sources = [source for sample in samples for source in sample["images"]]
-        blind = [
+        without_images = [
             {"samples": [{**sample, "images": []} for sample in row["samples"]]} if "samples" in row else {**row, "images": []}
             for row in rows
         ]
-        batch: dict[str, Any] = self.collator(blind)
+        batch: dict[str, Any] = self.collator(without_images)
         if sources:
             del batch["pixel_values"]
             batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=self.cache(sources))}

@@ -72,7 +72,7 @@ def summing_dtype(device: torch.device) -> torch.dtype:
 
 
 class StepMeter:
-    """Counts samples, tokens and pictures of training steps, on the device, and reads them out when somebody asks.
+    """Counts samples, tokens and images of training steps, on the device, and reads them out when somebody asks.
 
     Args:
         model: without wrappers.

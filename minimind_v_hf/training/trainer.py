@@ -68,25 +68,25 @@ class MiniMindVTrainer(Trainer):
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process for {self.args.n_gpu} cards would cut a batch of pictures into as many rows as there are texts: "
+                f"One process for {self.args.n_gpu} cards would cut a batch of images into as many rows as there are texts: "
                 "start with `accelerate launch`, or show it one card with CUDA_VISIBLE_DEVICES=0."
             )
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
-        self.start = getattr(self._bare_model(), "name_or_path", "") or None
+        self.start = getattr(self.bare_model(), "name_or_path", "") or None
         self.train_seconds = 0.0  # over all parts of a run that was resumed
         self._resumed_step = 0
         self._loading_from = self.args.output_dir
-        self._meter = StepMeter(self._bare_model(), self.accelerator)
+        self._meter = StepMeter(self.bare_model(), self.accelerator)
         self._logged_step = 0
         # Summed loss and number of labels in an evaluation
         self._held_out = torch.zeros(2, dtype=summing_dtype(self.args.device), device=self.args.device)
         # Read now, since FSDP shards it later; it never changes
         self._encoder: dict[str, Any] | None = None
-        if is_frozen(self._bare_model().model.vision_tower) and not save_encoder:
-            self._encoder = {"sha256": encoder_digest(self._bare_model()), "source": self.start}
+        if is_frozen(self.bare_model().model.vision_tower) and not save_encoder:
+            self._encoder = {"sha256": encoder_digest(self.bare_model()), "source": self.start}
 
-    def _bare_model(self) -> MiniMindVForConditionalGeneration:
+    def bare_model(self) -> MiniMindVForConditionalGeneration:
         """The model without what DDP, compilation or peft wrap around it."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -119,7 +119,7 @@ class MiniMindVTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "use_cache": False}
         if "position_ids" in inputs and len(inputs["input_ids"]) > 1:
-            attention = self._bare_model().config.get_text_config()._attn_implementation or ""
+            attention = self.bare_model().config.get_text_config()._attn_implementation or ""
             if "flash" in attention:
                 raise ValueError(
                     f"{attention} keeps packed samples apart only in batches of one row, and this one has "
@@ -160,7 +160,7 @@ class MiniMindVTrainer(Trainer):
             if metrics:
                 aux_loss = metrics.pop("aux_loss")
                 logs["language_loss"] = logs["loss"] - aux_loss
-                if getattr(self._bare_model().config.get_text_config(), "num_experts", 0):
+                if getattr(self.bare_model().config.get_text_config(), "num_experts", 0):
                     logs["aux_loss"] = aux_loss
                 logs |= metrics
             self._logged_step = self.state.global_step
@@ -193,7 +193,7 @@ class MiniMindVTrainer(Trainer):
         if resume_from_checkpoint:
             run = check_checkpoint(resume_from_checkpoint)
             if run["encoder"] is not None:
-                digest = self._encoder["sha256"] if self._encoder else encoder_digest(self._bare_model())
+                digest = self._encoder["sha256"] if self._encoder else encoder_digest(self.bare_model())
                 require_encoder(digest, run, resume_from_checkpoint)
             self._keep_batch_size(resume_from_checkpoint, run["global_batch_size"])
             self._loading_from, self._seconds_before = str(resume_from_checkpoint), run["seconds"]
@@ -215,12 +215,13 @@ class MiniMindVTrainer(Trainer):
         num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
         return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
 
-    def _global_batch_size(self) -> int:
+    def global_batch_size(self) -> int:
+        """Samples in an optimiser step, over all processes."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _keep_batch_size(self, checkpoint: str, wanted: int) -> None:
         """Make the batches those of the run that wrote the checkpoint, also with other processes than it had."""
-        if self._global_batch_size() == wanted:
+        if self.global_batch_size() == wanted:
             return
         at_a_time = self.args.train_batch_size * self.args.world_size
         if wanted % at_a_time:
@@ -250,7 +251,7 @@ class MiniMindVTrainer(Trainer):
                 args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
             if args.should_save:
-                run = {"global_batch_size": self._global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
+                run = {"global_batch_size": self.global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
                 mark_complete(folder, run)
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         if args.push_to_hub:
@@ -279,7 +280,7 @@ class MiniMindVTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        model = self._bare_model()
+        model = self.bare_model()
         if self.model is not model:  # an adapter: peft saves that alone
             super()._save(output_dir, state_dict)
             return
@@ -301,7 +302,7 @@ class MiniMindVTrainer(Trainer):
                 del model.config.encoder_left_out
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        model = self._bare_model()
+        model = self.bare_model()
         absent = frozenset(name for name in model.state_dict() if self._encoder and name.startswith(ENCODER))
         require_complete(model, load_result, self._loading_from, absent)
 

@@ -1,0 +1,171 @@
+"""What a training script starts from, as its arguments say: the first model, and the data."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    ProcessorMixin,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ..configuration_minimind_v import MiniMindVConfig
+from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
+from .arguments import RunArguments
+from .features import CachedFeaturesCollator, encode_images
+
+
+# ── The model ──
+
+
+@contextlib.contextmanager
+def _loading(source: str | None) -> Iterator[None]:
+    """Around the loading of a folder or Hub id: a damaged file may raise anything in the libraries that read it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Cannot load {source}: {error}") from error
+
+
+def _load_whole(auto_class: Any, source: str) -> Any:
+    """A model in float32 with all of its weights.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights.
+    """
+    with _loading(source):
+        model, info = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} of its weights, such as {missing[0]}.")
+    return model
+
+
+def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+    """The model and the processor to start from, as the arguments say: trained ones, or fresh weights put together.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if run.model is not None:
+        with _loading(run.model):
+            processor = AutoProcessor.from_pretrained(run.model)
+        return _load_whole(MiniMindVForConditionalGeneration, run.model), processor
+
+    presets = MiniMindVConfig.presets()
+    config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
+    processor = _load_processor(run, config)
+    config.image_token_id = processor.image_token_id
+    if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {run.processor} has {size} tokens, but --config {run.config} has a vocabulary of "
+            f"{config.text_config.vocab_size}."
+        )
+    if processor.image_seq_length != config.image_seq_length:
+        raise ValueError(
+            f"The processor of {run.processor} makes {processor.image_seq_length} tokens of an image, but --config "
+            f"{run.config} expects {config.image_seq_length}: give a processor for its encoder, or a tokenizer alone."
+        )
+    set_seed(seed)
+    model = MiniMindVForConditionalGeneration(config)
+    if run.vision_tower is not None:
+        tower = _load_whole(AutoModel, run.vision_tower)
+        _take_weights(model.model.vision_tower, getattr(tower, "vision_model", tower), run.vision_tower)
+    if run.language_model is not None:
+        language_model = _load_whole(AutoModelForCausalLM, run.language_model)
+        _take_weights(model.model.language_model, language_model.base_model, run.language_model)
+        _take_weights(model.lm_head, language_model.get_output_embeddings(), run.language_model)
+    return model, processor
+
+
+def _take_weights(module: torch.nn.Module, other: torch.nn.Module, source: str) -> None:
+    try:
+        module.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {source} do not fit --config: {error}") from error
+
+
+def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
+    with _loading(run.processor):
+        loaded = AutoProcessor.from_pretrained(run.processor)
+    if isinstance(loaded, ProcessorMixin):
+        return loaded
+    if run.vision_tower is not None:
+        with _loading(run.vision_tower):
+            image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
+    else:
+        side = config.vision_config.image_size
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return MiniMindVProcessor.build(image_processor, loaded, config)
+
+
+# ── The data ──
+
+
+@dataclass
+class TrainingData:
+    """What a training script reads: rows for the Trainer, held-out rows, and what was counted on the way."""
+
+    train: Any
+    held_out: Any = None
+    held_out_conversations: Any = None
+    reports: dict[str, DataReport] = field(default_factory=dict)
+
+
+def load_data(run: RunArguments, args: TrainingArguments, processor: MiniMindVProcessor) -> TrainingData:
+    """Read, mend, count and tokenise the training and the held-out data, once for all processes, and pack on demand."""
+    data = TrainingData(train=None, reports={} if run.streaming else {"training": DataReport()})
+    checks: dict[str, Any] = {"strict": run.strict, "max_dropped": run.max_dropped}
+    augmentations: dict[str, Any] = {
+        "random_system": run.random_system,
+        "drop_empty_thinking": run.drop_empty_thinking,
+        "seed": args.seed,
+    }
+    with args.main_process_first(desc="reading the data"):
+        report = data.reports.get("training")
+        rows = load_conversations(run.data_files, run.image_folder, streaming=run.streaming, report=report, **checks)
+        if run.streaming:
+            rows = rows.shuffle(args.seed, buffer_size=1000)  # alike in all processes, and again in a run that is resumed
+        data.train = tokenize_conversations(rows, processor, run.max_length, report=report, **augmentations)
+        if run.eval_files:
+            report = data.reports["held out"] = DataReport()
+            data.held_out_conversations = load_conversations(run.eval_files, run.image_folder, report=report, **checks)
+            data.held_out = tokenize_conversations(data.held_out_conversations, processor, run.max_length, report=report)
+    if run.pack_length:
+        data.train = pack(data.train, run.pack_length, args.seed)
+    if run.streaming:
+        if next(iter(data.train), None) is None:
+            raise ValueError(f"The data set has nothing to learn from within max_length={run.max_length}.")
+        data.train = data.train.repeat(None)  # a resumed run finds its place, also after the first pass
+    if args.should_log:
+        for name, report in data.reports.items():
+            print(f"{name}: {report}")
+    return data
+
+
+def make_collator(
+    run: RunArguments,
+    args: TrainingArguments,
+    processor: MiniMindVProcessor,
+    model: MiniMindVForConditionalGeneration,
+    data: TrainingData,
+    uint8_pixels: bool = True,
+) -> MiniMindVCollator | CachedFeaturesCollator:
+    """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output."""
+    if not run.cache_features:
+        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels)
+    collator = MiniMindVCollator(processor)
+    sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    with args.main_process_first(desc="encoding the images"):
+        cache = encode_images(model.to(args.device), collator, sets, run.cache_features, dtype)
+    return CachedFeaturesCollator(collator, cache)
