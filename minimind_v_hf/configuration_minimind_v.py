@@ -6,7 +6,7 @@ This file is copied into every saved model folder, so it depends on transformers
 import math
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -227,6 +227,12 @@ class MiniMindVTextConfig(PreTrainedConfig):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
+def _sub_config_specs(**classes: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What transformers 5.20 to 5.23 want for a class, and later ones make of it; 5.18 and 5.19 have nothing like it."""
+    spec = getattr(configuration_utils, "SubConfigSpec", None)
+    return {name: spec(config_class) for name, config_class in classes.items()} if spec else {}
+
+
 class MiniMindVConfig(PreTrainedConfig):
     r"""Configuration of MiniMind-V. The defaults are MiniMind2-V small with CLIP ViT-B/16 at 224 pixels: 196 image tokens.
 
@@ -247,7 +253,7 @@ class MiniMindVConfig(PreTrainedConfig):
     model_type = "minimind_v"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     # transformers >= 5.20: lets config.json hold the nested configs without the base class's defaults
-    sub_configs_defaults = {"text_config": MiniMindVTextConfig, "vision_config": CLIPVisionConfig}
+    sub_configs_defaults = _sub_config_specs(text_config=MiniMindVTextConfig, vision_config=CLIPVisionConfig)
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
     _auto_class = "AutoConfig"
     hub_auto_map: ClassVar[dict[str, str]] = {
