@@ -59,65 +59,59 @@ def saved_model(folder: str):
 
 @torch.no_grad()
 def walk(model, inputs) -> None:
-    """Run the model once, print each step, and raise ValueError where one is not as expected."""
-    config, text, inner = model.config, model.config.get_text_config(), model.model
-    seen: dict[str, torch.Tensor] = {}
+    """Run the model once, print each step as it is done, and raise ValueError where one is not as expected."""
+    config, text, vision, inner = model.config, model.config.get_text_config(), model.config.vision_config, model.model
+    tokens, length = config.image_seq_length, inputs["input_ids"].shape[1]
+    patches = (vision.image_size // vision.patch_size) ** 2
+    extra = int(vision.model_type == "clip_vision_model")  # the class token; SigLIP has none
+    hidden = [1, length, text.hidden_size]
+    seen = {}
 
-    def record(name: str, module: torch.nn.Module, pick) -> None:
-        """Keep what a module is given or gives."""
-        hooks.append(module.register_forward_hook(lambda _, *passed: seen.update({name: pick(*passed)}), with_kwargs=True))
-
-    hooks: list = []
-    record("encoder", inner.vision_tower, lambda args, kwargs, output: output.last_hidden_state)
-    record("patches", inner.multi_modal_projector, lambda args, kwargs, output: args[0])
-    record("projector", inner.multi_modal_projector, lambda args, kwargs, output: output)
-    record("embed_tokens", inner.get_input_embeddings(), lambda args, kwargs, output: output)
-    record("masked_scatter", inner.language_model, lambda args, kwargs, output: kwargs["inputs_embeds"])
-    for number, layer in enumerate(inner.language_model.layers):
-        record(f"layer {number}", layer, lambda args, kwargs, output: output)
-    record("logits", model.lm_head, lambda args, kwargs, output: output)
-    outputs = model(**inputs, use_cache=True)
-    for hook in hooks:
-        hook.remove()
-    seen |= inputs
-
-    side, length, learned = config.vision_config.image_size, inputs["input_ids"].shape[1], int((inputs["labels"] != -100).sum())
-    patches, tokens = (side // config.vision_config.patch_size) ** 2, config.image_seq_length
-    before_patches = int(config.vision_config.model_type == "clip_vision_model")  # CLIP's class token; SigLIP has none
-    width, hidden = config.vision_config.hidden_size, [1, length, text.hidden_size]
-    expected = {
-        "pixel_values": ([1, 3, side, side], "one image: channels, height, width"),
-        "encoder": ([1, before_patches + patches, width], f"class tokens: {before_patches}, patches: {patches}"),
-        "patches": ([1, patches, width], "without the class token"),
-        "projector": ([1, tokens, text.hidden_size], "image tokens, as wide as the decoder"),
-        "input_ids": ([1, length], f"{length - tokens} tokens of text and {tokens} placeholders"),
-        "embed_tokens": (hidden, "those of the placeholders mean nothing"),
-        "masked_scatter": (hidden, "the image tokens in place of the placeholders"),
-        **{f"layer {number}": (hidden, "") for number in range(text.num_hidden_layers)},
-        "logits": ([1, length, text.vocab_size], "at each position, a score for each next token"),
-        "labels": ([1, length], f"{learned} learned, the others are -100"),
-    }
-    for name, (shape, meaning) in expected.items():
-        _check(name, list(seen[name].shape), shape)
+    def show(name: str, tensor: torch.Tensor, shape: list[int], meaning: str = "") -> None:
+        check(name, list(tensor.shape), shape)
         print(f"{name:<16}{shape!s:<20}{meaning}".rstrip())
+        seen[name] = tensor
 
+    def before(module: torch.nn.Module, name: str, *step) -> None:  # what the module is given
+        def hook(_, args, kwargs):
+            show(name, kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0], *step)
+
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def after(module: torch.nn.Module, name: str, *step) -> None:  # what it returns
+        module.register_forward_hook(lambda _, args, output: show(name, getattr(output, "last_hidden_state", output), *step))
+
+    show("pixel_values", inputs["pixel_values"], [1, 3, *[vision.image_size] * 2], "one image: channels, height, width")
+    show("input_ids", inputs["input_ids"], [1, length], f"{length - tokens} tokens of text and {tokens} placeholders")
+    after(model.get_input_embeddings(), "embed_tokens", hidden, "those of the placeholders mean nothing")
+    after(inner.vision_tower, "encoder", [1, extra + patches, vision.hidden_size], f"class tokens: {extra}, patches: {patches}")
+    before(inner.multi_modal_projector, "patches", [1, patches, vision.hidden_size], "without the class token")
+    after(inner.multi_modal_projector, "projector", [1, tokens, text.hidden_size], "image tokens, as wide as the decoder")
+    before(inner.language_model, "masked_scatter", hidden, "the image tokens in place of the placeholders")
+    for number, layer in enumerate(inner.language_model.layers):
+        after(layer, f"layer {number}", hidden)
+    after(model.lm_head, "logits", [1, length, text.vocab_size], "at each position, a score for each next token")
+    outputs = model(**inputs, use_cache=True)
+
+    learned = int((inputs["labels"] != -100).sum())
+    show("labels", inputs["labels"], [1, length], f"{learned} learned, the others are -100")
     is_image = inputs["input_ids"] == config.image_token_id
-    _check("placeholders", int(is_image.sum()), tokens)
-    _check("merged image == projected image", torch.equal(seen["masked_scatter"][is_image], seen["projector"][0]), True)
+    check("placeholders", int(is_image.sum()), tokens)
+    check("merged image == projected image", torch.equal(seen["masked_scatter"][is_image], seen["projector"][0]), True)
     # The scores at a position are for the next token, so the last have no label, and the first label has no scores
     loss = F.cross_entropy(seen["logits"][0, :-1], inputs["labels"][0, 1:], ignore_index=-100)
-    _check("loss == mean over the learned tokens", torch.allclose(outputs.loss, loss), True)
+    check("loss == mean over the learned tokens", torch.allclose(outputs.loss, loss), True)
     print(f"{'loss':<16}{loss:<20.4f}by chance it would be ln {text.vocab_size} = {math.log(text.vocab_size):.4f}")
 
     cached = [tensor for layer in outputs[CACHE].layers for tensor in (layer.keys, layer.values)]
     shape = [1, text.num_key_value_heads, length, text.head_dim]
     for tensor in cached:
-        _check("KV cache", list(tensor.shape), shape)
+        check("KV cache", list(tensor.shape), shape)
     size = sum(tensor.nbytes for tensor in cached)
     print(f"{'KV cache':<16}{shape!s:<20}keys, and as many values, in {len(cached) // 2} layers: {size:,} bytes")
 
 
-def _check(what: str, found, expected) -> None:
+def check(what: str, found, expected) -> None:
     if found != expected:
         raise ValueError(f"{what}: expected {expected}, found {found}.")
 
