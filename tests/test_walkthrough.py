@@ -1,5 +1,6 @@
 """The walk-through says what the code does: quoted code is in its file, shown output is what is printed, solutions run."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, make_processor
+from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,19 @@ def test_a_step_that_is_not_as_expected_is_an_error(tmp_path):
     assert result.returncode == 2
     assert "15 image tokens" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_drawings(tmp_path):
+    specification = importlib.util.spec_from_file_location("draw_walkthrough", ROOT / "docs" / "draw_walkthrough.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.draw_patches(Image.new("RGB", (64, 64), "red"), tmp_path / "patches.png")
+    module.draw_prompt(make_processor(), tmp_path / "prompt.png")
+    with Image.open(tmp_path / "patches.png") as patches:
+        assert patches.convert("RGB").getpixel((300, 300)) == (255, 0, 0)
+    with Image.open(tmp_path / "prompt.png") as prompt:
+        colours = {colour for _, colour in prompt.convert("RGB").getcolors(2**24)}
+    assert {(0xDF, 0xE3, 0xEA), (0xF6, 0xC7, 0x7D), (0x8F, 0xD1, 0x9E)} <= colours  # text, image tokens, learned ones
 
 
 NOTEBOOK = ROOT / "notebooks" / "walkthrough.ipynb"
