@@ -20,12 +20,15 @@ from PIL import Image, ImageOps
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger files are refused before they are decoded: a quarter of a gigabyte as RGB, Pillow's own warning threshold."""
 
+MAX_ASPECT_RATIO = 100
+"""Of longer images the middle is kept. Scaled to the encoder's size by their shorter side, they would fill the memory."""
+
 _DOWNLOAD_TIMEOUT = 30  # seconds
 _MAX_DOWNLOAD = 64 * 2**20  # bytes
 
 
 def load_image(source: Any, min_size: int | None = None) -> Image.Image:
-    """An image as a person sees it: RGB, upright, transparency over white.
+    """An image as a person sees it: RGB, upright, transparency over white, at most `MAX_ASPECT_RATIO` times as long as wide.
 
     Args:
         source: a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W); bytes, 16-bit integers, or floats from 0
@@ -45,10 +48,16 @@ def load_image(source: Any, min_size: int | None = None) -> Image.Image:
         source = _from_array(source)
     elif not isinstance(source, Image.Image):
         raise ValueError(f"expected a PIL image, an array, a path or a URL, got {type(source).__name__}")
+    if not source.width or not source.height:
+        raise ValueError(f"the image has no pixels: it is {source.width}x{source.height}")
     try:
-        return _to_rgb(ImageOps.exif_transpose(source))
-    except Exception as error:  # each decoder has its own ways to fail on damaged bytes
+        image = _to_rgb(ImageOps.exif_transpose(source))
+    except Exception as error:  # decoders raise many kinds of errors on damaged bytes
         raise ValueError(f"the file is truncated or damaged ({error})") from error
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) > longest:
+        image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)), Image.Resampling.NEAREST)
+    return image
 
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
@@ -61,6 +70,8 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
         elif name.lower().startswith(("http://", "https://")):
             file = download(name, _MAX_DOWNLOAD)
         elif not os.path.isfile(name):
+            if os.path.exists(name):  # a folder, or a pipe, which would be waited for
+                raise ValueError("it is not a regular file")
             file = io.BytesIO(_decode_base64(name))
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
@@ -98,22 +109,32 @@ def _decode_base64(text: str) -> bytes:
         raise ValueError(f"there is no such file, and it is no URL and no base64 data: {shown!r}") from None
 
 
-def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+def check_array(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An image's values, (H, W, C), whichever order they came in.
+
+    Raises:
+        ValueError: the shape is no image's, the values are complex, NaN or infinite.
+    """
     channels_first = isinstance(array, torch.Tensor)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
-    values = array
-    if values.ndim == 2:
-        values = values[..., None]
+    values = array[..., None] if array.ndim == 2 else array
     counts = (1, 3, 4)
     if values.ndim != 3 or not (values.shape[0] in counts or values.shape[-1] in counts) or values.size == 0:
         raise ValueError(f"expected an array of shape (H, W), (H, W, C) or (C, H, W), got {tuple(values.shape)}")
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"expected an array of integers, floats or booleans, got {values.dtype}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("the array holds NaN or infinite values")
     if values.shape[-1] not in counts or (channels_first and values.shape[0] in counts):
         values = values.transpose(1, 2, 0)
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
-            raise ValueError("the array holds NaN or infinite values")
+    return values
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    values = check_array(array)
+    if values.dtype.kind == "f":
         values = values * 255 if values.max() <= 1 else values
     elif values.dtype == np.bool_:
         values = values * 255.0
@@ -128,6 +149,8 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("the image holds NaN or infinite values")
         if image.mode.startswith("I;16") or values.max() > 255:
             scale = 255 / 65535
         else:  # 32 bits without a word on their range

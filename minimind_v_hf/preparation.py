@@ -25,15 +25,23 @@ _CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- plain(content) | replace("<" ~ mark ~ "image>", image_token) -}}
-    {%- elif content -%}
+    {%- elif content is not defined or content is mapping or content is not iterable -%}
+        {{- raise_exception("A message has no content: expected a string or a list under 'content'.") -}}
+    {%- else -%}
         {#- vLLM takes a template for one of lists when it finds a loop over just this name. -#}
         {%- for item in content -%}
             {%- if item.type == "image" -%}
+                {%- set sources = [item.image, item.path, item.url, item.base64] | select("defined") | reject("none") | list -%}
+                {%- if sources | length > 1 -%}
+                    {{- raise_exception("An image has several sources: expected 'image', 'path', 'url' or 'base64'.") -}}
+                {%- endif -%}
                 {{- image_token -}}
             {%- elif item.type == "video" -%}
                 {{- "<video>" -}}
-            {%- elif item.type == "text" -%}
+            {%- elif item.type == "text" and item.text is string -%}
                 {{- plain(item.text) -}}
+            {%- elif item.type == "text" -%}
+                {{- raise_exception("A content of type 'text' has no text: expected a string under 'text'.") -}}
             {%- else -%}
                 {{- raise_exception("Unknown content type '" ~ item.type ~ "': expected 'image', 'video' or 'text'.") -}}
             {%- endif -%}

@@ -1,10 +1,10 @@
-"""MiniMindVProcessor: pictures and chat messages in, `input_ids` and `pixel_values` out.
+"""MiniMindVProcessor: images and chat messages in, `input_ids` and `pixel_values` out.
 
 Three things happen here that an image processor and a tokenizer do not do by themselves:
 
-* Pictures of every kind (paths, URLs, arrays; palette, CMYK, 16-bit, rotated) become RGB as a person sees them, and videos
-  become pictures: see image_reading_minimind_v.py and video_reading_minimind_v.py.
-* `<image>` in a prompt becomes one image token for each vector that the model makes of a picture; `<video>` becomes one such
+* Images of every kind (paths, URLs, arrays; palette, CMYK, 16-bit, rotated) become RGB as a person sees them, and videos
+  become images: see image_reading_minimind_v.py and video_reading_minimind_v.py.
+* `<image>` in a prompt becomes one image token for each vector that the model makes of an image; `<video>` becomes one such
   run for each frame.
 * What a user types is text. The chat template puts a mark into anything in a message that looks like a control token,
   `<|im_start|>` say; the marked string is not recognised as one, and the tokenizer's normalizer takes the mark out again.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ImageInput
@@ -28,15 +29,18 @@ from transformers.utils import logging
 from transformers.video_utils import VideoInput
 
 from .configuration_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from .image_reading_minimind_v import load_image
+from .image_reading_minimind_v import MAX_ASPECT_RATIO, check_array, load_image
 from .video_reading_minimind_v import MAX_NUM_FRAMES, is_video, load_video
 
 
 logger = logging.get_logger(__name__)
 
+MAX_IMAGE_SEQ_LENGTH = 65_536
+"""More tokens than any encoder of square images makes: a number in a damaged file must not exhaust the memory."""
+
 
 def _unreadable(kind: str, sample: int, index: int, source: Any, reason: Exception, is_only: bool) -> ValueError:
-    """Says which picture or video cannot be read, and why."""
+    """Says which image or video cannot be read, and why."""
     name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
     if is_only:
         return ValueError(f"Cannot read the {kind}{name}: {reason}.")
@@ -57,13 +61,25 @@ class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[c
 class MiniMindVProcessor(ProcessorMixin):
     r"""Image processor and tokenizer in one, and the chat template that joins them.
 
+    `ProcessorMixin.__call__` does the work, and calls these hooks in this order:
+
+    1. `prepare_inputs_layout`  reads images and videos, and checks that there is one for each placeholder
+    2. `validate_inputs`        checks what is left to check
+    3. `_process_images`        (inherited) calls the image processor, and for each image
+       `replace_image_token`    tells what stands in the prompt in place of its placeholder
+    4. `_process_videos`        tells the same of each video
+    5. `get_text_with_replacements` (inherited) puts them in, and the tokenizer makes ids of the text
+
+    `apply_chat_template` (inherited) renders messages, collects their images and videos, and calls the processor with both.
+
     Args:
         image_processor: any image processor of transformers that gives `pixel_values` of the encoder's size.
-        tokenizer: a fast tokenizer. One without an image token is copied and given one: see `prepare_tokenizer`.
-        chat_template: a Jinja template. By default ours, in the manner of the tokenizer's generation: with a
-            `<think>` block when its vocabulary knows `<think>`, else with MiniMind2's default system message.
-        image_seq_length: image tokens per picture, `config.image_seq_length` of the model; by default that of
-            MiniMind2-V, 196.
+        tokenizer: a fast tokenizer with an image token that takes out control marks, as `build` prepares it.
+        chat_template: a Jinja template.
+        image_seq_length: image tokens per image, `config.image_seq_length` of the model; by default that of MiniMind2-V.
+
+    Raises:
+        ValueError: the tokenizer is not prepared, or `image_seq_length` is no number of tokens.
     """
 
     valid_processor_kwargs = MiniMindVProcessorKwargs
@@ -73,8 +89,8 @@ class MiniMindVProcessor(ProcessorMixin):
     video_processor = None  # to transformers this says that videos are understood: their frames go to the image processor
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length=196, **kwargs):
-        if not isinstance(image_seq_length, int) or isinstance(image_seq_length, bool) or image_seq_length < 1:
-            raise ValueError(f"image_seq_length={image_seq_length!r}: expected a positive integer.")
+        if type(image_seq_length) is not int or not 1 <= image_seq_length <= MAX_IMAGE_SEQ_LENGTH:
+            raise ValueError(f"image_seq_length={image_seq_length!r}: expected an integer from 1 to {MAX_IMAGE_SEQ_LENGTH}.")
         self.image_seq_length = image_seq_length
         image_token = getattr(tokenizer, "image_token", None)
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
@@ -124,12 +140,13 @@ class MiniMindVProcessor(ProcessorMixin):
         audio: None = None,
         **kwargs: Unpack[MiniMindVProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare prompts, their pictures and their videos for the model.
+        """Prepare prompts, their images and their videos for the model.
 
         Args:
-            images: a picture, a list of them in the order of their placeholders, or a list per sample. See `load_image`.
-            text: a prompt with one `<image>` per picture and one `<video>` per video, or a list of prompts.
-            videos: a video, a list of them, or a list per sample; a frame of each second becomes a picture. See `load_video`.
+            images: an image, a list of them in the order of their placeholders, or a list per sample. See `load_image`.
+            text: a prompt with one `<image>` per image and one `<video>` per video, or a list of prompts.
+            videos: a video, a list of them, or a list per sample; a frame of each second becomes an image. See `load_video`.
+            audio: None: MiniMind-V takes no sound.
             kwargs: of the tokenizer (`padding=True`, …), of the image processor, `num_frames` (of a video at most), and
                 `return_tensors`.
 
@@ -137,26 +154,31 @@ class MiniMindVProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (batch, tokens), and `pixel_values` (images in the whole batch, 3, height, width).
 
         Raises:
-            ValueError: a picture or a video cannot be read, or they and their placeholders do not match in number.
+            ValueError: an image or a video cannot be read, they and their placeholders do not match in number, a prompt is
+                empty, or audio is given.
             ImportError: a video is given, and PyAV is not installed.
         """
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Load the pictures and videos, put all in the order of their placeholders, and check that the counts match.
+        """Load the images and videos, put all in the order of their placeholders, and check that the counts match.
 
         Returns:
-            images (the pictures, and the frames of the videos), text, videos (each a list of its frames), audio.
+            images (with the frames of the videos), text, videos (each a list of its frames), audio.
 
         Raises:
-            ValueError: a picture or video cannot be read, or a sample has more or fewer of them than placeholders. The
+            ValueError: an image or video cannot be read, or a sample has more or fewer of them than placeholders. The
                 message names it and the sample, both counted from 0.
         """
+        if audio is not None:
+            raise ValueError("audio: expected None. MiniMind-V takes images and videos, and no sound.")
         if isinstance(text, str):
             text = [text]
         if text is not None:
             if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
                 raise ValueError("text: expected a string or a list of strings.")
+            if "" in text:
+                raise ValueError(f"text: prompt {text.index('')} (counted from 0) is empty: expected at least a character.")
             text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
         if images is not None:
             images = self._load_images(images, self._count(text, self.image_token), kwargs) or None
@@ -183,7 +205,7 @@ class MiniMindVProcessor(ProcessorMixin):
                 )
 
     def _in_order(self, text: list[str] | None, images: list, videos: list[list]) -> list:
-        """Pictures and frames as the model meets them."""
+        """Images and frames in the order of the prompts."""
         if text is None:
             return [*images, *(frame for frames in videos for frame in frames)]
         next_image, next_video, ordered = iter(images), iter(videos), []
@@ -192,12 +214,12 @@ class MiniMindVProcessor(ProcessorMixin):
         return ordered
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Check what `prepare_inputs_layout` has not: it counted the pictures."""
+        """Check what `prepare_inputs_layout` has not: it counted the images."""
         text = None if images is not None else text
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _process_videos(self, videos: list[list], **kwargs) -> tuple[dict, list[str]]:
-        """What stands in the prompt for each video; its frames are among the pictures already."""
+        """What stands in the prompt for each video; its frames are among the images already."""
         return {}, [self.replace_image_token({}, 0) * len(frames) for frames in videos]
 
     def _load_videos(self, videos: Any, placeholders: list[int] | None, kwargs: dict) -> list[list]:
@@ -205,6 +227,9 @@ class MiniMindVProcessor(ProcessorMixin):
         options = {**(kwargs.get("videos_kwargs") or {}), **kwargs}
         if options.get("fps") is not None:
             raise ValueError("fps: one frame of each second is taken; choose how many at most by num_frames.")
+        num_frames = options.get("num_frames")
+        if num_frames is not None and (type(num_frames) is not int or num_frames < 1):
+            raise ValueError(f"num_frames={num_frames!r}: expected a positive integer.")
         if is_video(videos) or not isinstance(videos, (list, tuple)):
             videos = [videos]
         is_nested = any(isinstance(item, (list, tuple)) and not is_video(item) for item in videos)
@@ -212,13 +237,13 @@ class MiniMindVProcessor(ProcessorMixin):
         loaded = []
         for sample, index, source in samples:
             try:
-                loaded.append(load_video(source, options.get("num_frames") or MAX_NUM_FRAMES))
+                loaded.append(load_video(source, num_frames or MAX_NUM_FRAMES))
             except ValueError as error:
                 raise _unreadable("video", sample, index, source, error, len(samples) == 1) from error
         return loaded
 
     def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
-        """All pictures in one list; `placeholders` are the counts per sample, to check against."""
+        """All images in one list; `placeholders` are the counts per sample, to check against."""
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         if not isinstance(images, (list, tuple)):
@@ -229,11 +254,14 @@ class MiniMindVProcessor(ProcessorMixin):
         keep_arrays = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
         loaded: list[Any] = []
         for sample, index, source in samples:
-            if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
-                loaded.append(source)
-                continue
             try:
-                loaded.append(load_image(source))
+                if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
+                    height, width, _ = check_array(source).shape
+                    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                        raise ValueError(f"{width}x{height} is longer than {MAX_ASPECT_RATIO} times its width: crop it first")
+                    loaded.append(source)
+                else:
+                    loaded.append(load_image(source))
             except ValueError as error:
                 raise _unreadable("image", sample, index, source, error, len(samples) == 1) from error
         return loaded
@@ -241,7 +269,7 @@ class MiniMindVProcessor(ProcessorMixin):
     def _by_sample(
         self, items: Iterable, is_nested: bool, placeholders: list[int] | None, kind: str
     ) -> list[tuple[int, int, Any]]:
-        """Pictures or videos, each with the number of its sample and its own number within that sample.
+        """Images or videos, each with the number of its sample and its own number within that sample.
 
         Raises:
             ValueError: they do not match the placeholders in number.
@@ -264,7 +292,7 @@ class MiniMindVProcessor(ProcessorMixin):
                 )
             remaining = iter(items)
             samples = [[next(remaining) for _ in range(count)] for count in placeholders]
-        return [(sample, index, item) for sample, some in enumerate(samples) for index, item in enumerate(some)]
+        return [(sample, index, item) for sample, own in enumerate(samples) for index, item in enumerate(own)]
 
     @staticmethod
     def _check_counts(placeholders: list[int], given: list[int], kind: str) -> None:
@@ -280,6 +308,14 @@ class MiniMindVProcessor(ProcessorMixin):
                     f"were passed for it. Pass one {kind} per placeholder."
                 )
 
+    def apply_chat_template(self, *args, **kwargs):
+        """As in `ProcessorMixin`. Raises ValueError where the template itself cannot be read."""
+        try:
+            return super().apply_chat_template(*args, **kwargs)
+        except TemplateSyntaxError as error:
+            folder = self.tokenizer.name_or_path or "this processor"
+            raise ValueError(f"The chat template of {folder} is damaged: line {error.lineno}: {error.message}") from error
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Write the processor, with its code and chat template, into a folder."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -287,11 +323,11 @@ class MiniMindVProcessor(ProcessorMixin):
         return files
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What stands in the prompt for one picture."""
+        """What stands in the prompt for one image."""
         return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs) -> MultiModalData:
-        """Tokens and rows of pixels for pictures of these (height, width); for engines that plan ahead, such as vLLM."""
+        """Tokens and rows of pixels for images of these (height, width); for engines that plan ahead, such as vLLM."""
         if image_sizes is None:
             return MultiModalData()
         count = len(list(image_sizes))

@@ -69,6 +69,8 @@ def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Imag
         return read_video(file, max_frames)
     if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)) or len(source) == 0:
         raise ValueError(f"expected a path, a URL or a list of frames, got {type(source).__name__}")
+    if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
+        raise ValueError(f"expected frames as an array of shape (frames, H, W, 3), got {tuple(source.shape)}")
     return [load_image(source[index]) for index in sample_uniformly(len(source), max_frames)]
 
 
@@ -101,7 +103,8 @@ def read_video(file: str | os.PathLike | BinaryIO, max_frames: int = MAX_NUM_FRA
     except ImportError as error:
         raise ImportError("Reading a video needs PyAV: pip install av") from error
     try:
-        with av.open(file, options={"format_whitelist": _FORMATS}) as container:
+        # Titles may be in any encoding
+        with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError("the file holds no video")
             stream: Any = container.streams.video[0]

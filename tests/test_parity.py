@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_v_hf.conversion.key_table import from_native, key_table, to_native
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
+from minimind_v_hf.conversion.key_table import from_native, key_table, to_native
 
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -404,11 +405,6 @@ def test_save_and_load(processor, tmp_path):
     assert content["auto_map"] == {"AutoProcessor": "processing_minimind_v.MiniMindVProcessor"}
 
 
-def test_bad_image_seq_length():
-    with pytest.raises(ValueError, match="image_seq_length=0: expected a positive integer"):
-        make_processor(image_seq_length=0)
-
-
 def test_torchvision_image_processor_gives_the_same():
     pytest.importorskip("torchvision")
     from transformers import CLIPImageProcessor
@@ -426,3 +422,113 @@ def test_tokens_for_engines_that_plan_ahead(processor):
     planned = processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (300, 300)])
     assert planned["num_image_tokens"] == [IMAGE_TOKENS, IMAGE_TOKENS]
     assert planned["num_image_patches"] == [1, 1]
+
+
+# ── Spoiled inputs ──
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 20_000), (20_000, 1), (3, 70_000)])
+def test_a_long_thin_image_needs_little_memory(width, height, processor, tmp_path):
+    # Scaled by its shorter side it would be 224 x 4,480,000 pixels
+    processor = make_processor(make_image_processor(224), image_seq_length=196)
+    image = Image.new("RGB", (width, height), "red")
+    image.putpixel((width // 2, height // 2), (0, 0, 255))
+    image.save(tmp_path / "long.png")
+    for source in (image, str(tmp_path / "long.png"), np.asarray(image)):
+        loaded = load_image(source)
+        assert max(loaded.size) == 100 * min(loaded.size)
+        assert (0, 0, 255) in set(loaded.get_flattened_data() if hasattr(loaded, "get_flattened_data") else loaded.getdata())
+        assert processor(text="<image>", images=source, return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
+    with pytest.raises(ValueError, match="crop it first"):
+        processor(text="<image>", images=np.zeros((20_000, 1, 3), np.float32), do_rescale=False)
+
+
+def test_usual_images_are_not_cropped(tmp_path):
+    image = Image.effect_noise((800, 8), 50).convert("RGB")  # exactly 100 : 1
+    assert load_image(image).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "error"),
+    [
+        (Image.new("RGB", (0, 5)), "no pixels: it is 0x5"),
+        (np.full((4, 4, 3), 1j), "got complex128"),
+        (torch.full((3, 4, 4), 1j), "got complex64"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), "x"), "expected an array of integers, floats or booleans"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "NaN"),
+    ],
+)
+def test_what_is_no_image_is_refused(processor, image, error):
+    with pytest.raises(ValueError, match=error):
+        processor(text="<image>", images=image)
+
+
+def test_nan_is_refused_in_pixels_that_the_caller_prepared(processor):
+    with pytest.raises(ValueError, match="NaN"):
+        processor(text="<image>", images=np.full((16, 16, 3), np.nan, np.float32), do_rescale=False)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(processor, make, tmp_path):
+    make(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png.*not a regular file"):
+        processor(text="<image>", images=str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "196", None, 10**9])
+def test_image_seq_length_is_a_number_of_tokens(processor, value):
+    with pytest.raises(ValueError, match=r"image_seq_length=.*expected an integer from 1 to 65536"):
+        MiniMindVProcessor(processor.image_processor, processor.tokenizer, image_seq_length=value)
+
+
+def test_audio_and_empty_prompts_are_refused(processor):
+    with pytest.raises(ValueError, match="audio: expected None"):
+        processor(text="a", audio=np.zeros(16_000))
+    with pytest.raises(ValueError, match=r"prompt 1 \(counted from 0\) is empty"):
+        processor(text=["a", ""])
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ([{"type": "text", "text": None}], "no text"),
+        ([{"type": "text"}], "no text"),
+        (None, "no content"),
+        (7, "no content"),
+        ({"type": "text", "text": "a"}, "no content"),
+        ([{"type": "image", "path": "a.jpg", "url": "b.jpg"}], "several sources"),
+    ],
+)
+def test_messages_without_content_are_refused(processor, content, error):
+    with pytest.raises(Exception, match=error):
+        processor.apply_chat_template([{"role": "user", "content": content}])
+    with pytest.raises(Exception, match="no content"):
+        processor.apply_chat_template([{"role": "user"}])
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url", "base64"])
+def test_messages_hold_images_in_every_form(processor, key, tmp_path):
+    file = io.BytesIO()
+    Image.effect_noise((16, 16), 90).convert("RGB").save(file, "PNG")
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    expected = processor(text="<image>", images=str(tmp_path / "a.png"), return_tensors="pt")["pixel_values"]
+    source = {
+        "image": Image.open(file),
+        "path": str(tmp_path / "a.png"),
+        "base64": base64.b64encode(file.getvalue()).decode(),
+        "url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+    }[key]
+    outputs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", key: source}]}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(outputs["pixel_values"], expected)
+
+
+def test_a_damaged_template_is_named(tmp_path):
+    processor = make_processor()
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{%- if messages -%}\nno end")
+    damaged = MiniMindVProcessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"chat template of .*damaged: line 2"):
+        damaged.apply_chat_template([{"role": "user", "content": "a"}])

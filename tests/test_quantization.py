@@ -51,7 +51,8 @@ from minimind_v_hf.quantization import Int8Linear
 
 print(torch.backends.cpu.get_cpu_capability())
 for rows, inputs, outputs in [
-    (1, 8, 8), (2, 8, 8), (2, 4, 3), (6, 40, 7), (1, 1, 1), (16, 72, 216), (128, 344, 128), (5, 500, 512), (1, 216, 72), (3, 33, 65)
+    (1, 8, 8), (2, 8, 8), (2, 4, 3), (6, 40, 7), (1, 1, 1), (16, 72, 216), (128, 344, 128), (5, 500, 512), (1, 216, 72),
+    (3, 33, 65),
 ]:
     linear = Int8Linear(torch.randn(outputs, inputs))
     x = torch.randn(rows, inputs)

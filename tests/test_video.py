@@ -259,3 +259,32 @@ def test_assistant_mask_behind_a_video(clip):
     outputs = processor.apply_chat_template(messages, **options)
     said = [token for token, mask in zip(outputs["input_ids"][0], outputs["assistant_masks"][0], strict=True) if mask]
     assert processor.tokenizer.decode(said) == "red<|im_end|>\n"
+
+
+@pytest.mark.parametrize("num_frames", [-3, 0, 1.5, "x", True])
+def test_num_frames_is_a_positive_integer(processor, clip, num_frames):
+    with pytest.raises(ValueError, match=r"num_frames=.*expected a positive integer"):
+        processor(text="<video>", videos=str(clip), num_frames=num_frames)
+
+
+def test_one_frame_is_no_video(processor):
+    with pytest.raises(ValueError, match=r"frames, H, W, 3\), got \(48, 48, 3\)"):
+        processor(text="<video>", videos=np.zeros((48, 48, 3), np.uint8))
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1"])
+def test_titles_may_be_in_any_encoding(processor, clip, encoding, tmp_path):
+    av = pytest.importorskip("av")
+    title = {"gbk": "视频标题", "latin-1": "Größe"}[encoding].encode(encoding)
+    with av.open(str(tmp_path / "marked.mkv"), "w") as output, av.open(str(clip)) as source:
+        output.metadata["title"] = "@" * len(title)
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    data = (tmp_path / "marked.mkv").read_bytes()
+    assert data.count(b"@" * len(title)) == 1
+    (tmp_path / "titled.mkv").write_bytes(data.replace(b"@" * len(title), title))
+    outputs = processor(text="<video>", videos=str(tmp_path / "titled.mkv"), return_tensors="pt")
+    assert len(outputs["pixel_values"]) == len(processor(text="<video>", videos=str(clip), return_tensors="pt")["pixel_values"])
