@@ -442,11 +442,13 @@ def test_damaged_archives_are_named(write, images, tmp_path):
         load_conversations(write([chat("<image>", image="red.png")]), archive)
 
 
-@pytest.mark.parametrize("damage", ["footer", "pages", "text"])
+@pytest.mark.parametrize("damage", ["footer", "pages", "text", "date"])
 def test_damaged_parquet_is_named(tmp_path, damage):
     file = tmp_path / "bad.parquet"
     conversations = [json.dumps(row["conversations"]) for row in ROWS] * 100
-    if damage == "text":
+    if damage == "date":
+        pq.write_table(pa.table({"conversations": conversations[:1], "day": pa.array([2**31 - 1], pa.date32())}), file)
+    elif damage == "text":
         pq.write_table(pa.table({"conversations": pa.array([b"\xff\xfe"]).cast(pa.binary()).view(pa.string())}), file)
     else:
         pq.write_table(pa.table({"conversations": conversations}), file, compression="none", use_dictionary=False)
@@ -472,6 +474,7 @@ def test_a_file_holds_images_or_names_them(tmp_path, images):
     [
         ({"num_proc": 0}, "num_proc=0"),
         ({"num_proc": -2}, "num_proc=-2"),
+        ({"num_proc": 1.5}, "num_proc=1.5"),
         ({"max_dropped": 1.5}, "max_dropped=1.5: expected a share from 0 to 1"),
         ({"max_dropped": float("nan")}, "max_dropped=nan"),
     ],
@@ -479,6 +482,22 @@ def test_a_file_holds_images_or_names_them(tmp_path, images):
 def test_options_out_of_range(write, images, options, error):
     with pytest.raises(ValueError, match=error):
         load_conversations(write(ROWS), images, **options)
+
+
+@pytest.mark.parametrize("files", [[], None, 3])
+def test_no_files(images, files):
+    with pytest.raises(ValueError, match=r"data_files=.*: expected the names of files, and at least one"):
+        load_conversations(files, images)
+
+
+def test_a_damaged_folder_of_the_hub_is_named(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name, content in (("a.parquet", b"PAR1 is not enough"), ("a.jsonl", b"{no JSON")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"Cannot read the data set '.*hub': "):
+            load_conversations(folder)
+        (folder / name).unlink()
 
 
 def test_one_report_of_two_data_sets(write, images, processor):

@@ -31,7 +31,7 @@ from .tokenizing import CUT, TOO_LONG, ConversationEncoder
 
 
 _ROWS_AT_ONCE = 512
-LONGEST = 100_000
+LONGEST = 32_768
 """Tokens of a row are counted to here, or to the largest `max_lengths`: the text of a huge row is not tokenised to its end."""
 
 BAD_ROWS = {

@@ -187,7 +187,10 @@ def read_conversations(
 
 def _read(data_files, store: ImageStore | None, streaming: bool, strict: bool, split: str) -> Dataset | IterableDataset:
     """All rows, parsed and mended, with a count for each kind of repair."""
-    names = [os.fspath(data_files)] if isinstance(data_files, (str, os.PathLike)) else list(map(os.fspath, data_files))
+    if isinstance(data_files, (str, os.PathLike)):
+        data_files = [data_files]
+    if not isinstance(data_files, Iterable) or not (names := [os.fspath(file) for file in data_files]):
+        raise ValueError(f"data_files={data_files!r}: expected the names of files, and at least one.")
     is_hub_id = len(names) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", names[0]) and not os.path.exists(names[0])
     if len(names) == 1 and (os.path.isdir(names[0]) or (is_hub_id and not re.search(r"\.(jsonl?|parquet)$", names[0]))):
         return _read_hub(names[0], store, streaming, strict, split)
@@ -212,7 +215,12 @@ def _read(data_files, store: ImageStore | None, streaming: bool, strict: bool, s
 
 
 def _read_hub(name: str, store: ImageStore | None, streaming: bool, strict: bool, split: str) -> Dataset | IterableDataset:
-    dataset = load_dataset(name, split=split, streaming=streaming)
+    try:
+        dataset = load_dataset(name, split=split, streaming=streaming)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"Cannot read the data set {name!r}: {error.__cause__ or error}") from error
     holds_images = False
     for column, feature in (dataset.features or {}).items():
         if "Image(" in str(feature):
@@ -352,7 +360,7 @@ def count_processes(rows: int, num_proc: int | None = None) -> int | None:
         ValueError: less than one is asked for.
     """
     if num_proc is not None:
-        if num_proc < 1:
+        if not isinstance(num_proc, int) or num_proc < 1:
             raise ValueError(f"num_proc={num_proc}: expected a positive number of processes.")
         return num_proc
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

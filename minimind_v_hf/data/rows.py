@@ -289,7 +289,7 @@ def parquet_errors(file: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also of text and dates that none can be
         if isinstance(error, OSError) and error.errno is not None:  # which names the file itself
             raise
         raise ValueError(f"{os.fspath(file)}: the Parquet file is damaged ({error})") from error

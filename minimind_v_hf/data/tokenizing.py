@@ -71,6 +71,8 @@ def tokenize_conversations(
             raise ValueError(f"{name}={share}: expected a probability from 0 to 1.")
     if drop_empty_thinking and "drop_empty_thinking" not in processor.chat_template:
         raise ValueError("drop_empty_thinking: the processor's chat template does not know this option.")
+    if max_length is not None and not isinstance(max_length, int):
+        raise TypeError(f"max_length={max_length!r}: expected a number of tokens.")
     if max_length is not None and max_length <= processor.image_seq_length:
         raise ValueError(f"max_length={max_length}: an image alone takes {processor.image_seq_length} tokens.")
     if isinstance(dataset, Dataset) and not len(dataset):
@@ -211,7 +213,7 @@ class ConversationEncoder:
         samples: list[Any] = [None] * len(conversations)
         shortened = conversations
         if max_length is not None:
-            shortened = [_shorten(messages, (max_length + 1) * self.longest_token) for messages in conversations]
+            shortened = [_shorten(messages, max_length + 1, self.longest_token) for messages in conversations]
         for drop in set(drop_empty_thinking):
             indices = [index for index, dropped in enumerate(drop_empty_thinking) if dropped == drop]
             encoded = self.tokenizer.apply_chat_template(
@@ -232,8 +234,9 @@ class ConversationEncoder:
         return samples
 
 
-def _shorten(messages: list[dict[str, str]], characters: int) -> list[dict[str, str]]:
-    """A conversation cut to about so many characters; an answer stays one, and thoughts stay thoughts."""
+def _shorten(messages: list[dict[str, str]], tokens: int, longest_token: int) -> list[dict[str, str]]:
+    """A conversation cut to what so many tokens can hold, or a little more; an answer stays one, and thoughts stay thoughts."""
+    characters = tokens * longest_token
     shortened: list[dict[str, str]] = []
     answered = False
     for message in messages:
@@ -241,7 +244,7 @@ def _shorten(messages: list[dict[str, str]], characters: int) -> list[dict[str, 
             continue
         answered = answered or message["role"] == "assistant"
         content = message["content"][: max(characters, 0)]
-        characters -= len(content) + 1  # each message takes tokens of its own
+        characters -= len(content) + longest_token  # each message takes tokens of its own
         if "</think>" in message["content"][len(content) :]:  # by which templates tell thoughts from what is said
             content = message["content"] if "</think>" in content else content + "</think>"
         shortened.append({**message, "content": content})
