@@ -58,7 +58,7 @@ def test_chat_answers_about_a_picture(quickstart):
         ("quickstart.py", "python"),
         ("chat.py", "python"),
         ("evaluate.py", "python"),
-        ("pretrain.py", "accelerate launch"),
+        ("pretrain.py", "python"),
         ("../benchmarks/training.py", "python"),
     ],
 )
