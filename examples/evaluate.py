@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from minimind_v_hf.arguments_minimind_v import CACHE
 from minimind_v_hf.chat import errors_in_one_line, load_model
-from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 HAN = "㐀-鿿豈-﫿"

@@ -22,8 +22,8 @@ from transformers.exporters import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
 
+from minimind_v_hf.arguments_minimind_v import CACHE
 from minimind_v_hf.chat import errors_in_one_line, load_model
-from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 try:

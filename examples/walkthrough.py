@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
+from minimind_v_hf.arguments_minimind_v import CACHE
 from minimind_v_hf.chat import errors_in_one_line, load_model
-from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 # A conversation in the tokens of the published MiniMind2: system "看图回答。", user "<image>\n这是什么？", assistant "一只猫"

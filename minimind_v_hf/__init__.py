@@ -12,17 +12,11 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
-from .modeling_minimind_v import (
-    MiniMindForCausalLM,
-    MiniMindModel,
-    MiniMindVForConditionalGeneration,
-    MiniMindVModel,
-)
+from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig, __version__
+from .modeling_minimind import MiniMindForCausalLM, MiniMindModel
+from .modeling_minimind_v import MiniMindVForConditionalGeneration, MiniMindVModel
 from .processing_minimind_v import MiniMindVProcessor
 
-
-__version__ = "0.2.0"
 
 AutoConfig.register(MiniMindVTextConfig.model_type, MiniMindVTextConfig)
 AutoConfig.register(MiniMindVConfig.model_type, MiniMindVConfig)
@@ -43,4 +37,5 @@ __all__ = [
     "MiniMindVModel",
     "MiniMindVProcessor",
     "MiniMindVTextConfig",
+    "__version__",
 ]

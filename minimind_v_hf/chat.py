@@ -38,7 +38,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .modeling_minimind_v import CACHE
+from .arguments_minimind_v import CACHE
 from .quantization import has_fast_bf16, quantize_int8
 
 

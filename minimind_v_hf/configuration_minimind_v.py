@@ -3,6 +3,7 @@
 This file is copied into every saved model folder, so it depends on transformers alone.
 """
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -10,6 +11,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTraine
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
+__version__ = "0.2.0"
 
 
 def _require(condition: bool, field: str, value: Any, expectation: str) -> None:
@@ -69,9 +73,9 @@ class MiniMindVTextConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     hub_auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_minimind_v.MiniMindVTextConfig",
-        "AutoModel": "modeling_minimind_v.MiniMindModel",
-        "AutoModelForCausalLM": "modeling_minimind_v.MiniMindForCausalLM",
-        "AutoModelForMultimodalLM": "modeling_minimind_v.MiniMindForCausalLM",
+        "AutoModel": "modeling_minimind.MiniMindModel",
+        "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
+        "AutoModelForMultimodalLM": "modeling_minimind.MiniMindForCausalLM",
     }
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -356,7 +360,7 @@ class MiniMindVConfig(PreTrainedConfig):
 def _as_config(value, field: str, default: dict) -> PreTrainedConfig:
     """The config that `value` (a config, a dict or None) stands for; `default` fills what a dict leaves open."""
     if isinstance(value, PreTrainedConfig):
-        return value
+        return copy.deepcopy(value)  # a model writes into its config, and this one is the caller's
     _require(value is None or isinstance(value, dict), field, value, "expected a config, a dict or None")
     fields = dict(value or {})
     model_type = fields.setdefault("model_type", default["model_type"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling_minimind_v import MiniMindExperts
+from .modeling_minimind import MiniMindExperts
 
 
 KERNEL_STEP = 64  # input features that the kernel may read at a time: it reads past the end of a matrix that is not so wide

@@ -5,7 +5,7 @@ import torch
 from conftest import IMAGE_SIZE, MOE, make_model, make_processor
 from transformers import DynamicCache, TextIteratorStreamer
 
-from minimind_v_hf.modeling_minimind_v import CACHE
+from minimind_v_hf.arguments_minimind_v import CACHE
 
 
 IMAGE_TOKENS = 16

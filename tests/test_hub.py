@@ -15,9 +15,12 @@ from minimind_v_hf import MiniMindForCausalLM
 FILES = {
     "chat_template.jinja",
     "config.json",
+    "arguments_minimind_v.py",
     "configuration_minimind_v.py",
     "generation_config.json",
     "model.safetensors",
+    "head_minimind_v.py",
+    "modeling_minimind.py",
     "modeling_minimind_v.py",
     "processing_minimind_v.py",
     "image_reading_minimind_v.py",
@@ -63,6 +66,10 @@ for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1, :5].tolist()
     result["models"].append([type(model).__name__, output[0, inputs["input_ids"].shape[1]:].tolist(), logits])
+try:
+    model(**inputs, kv_store=1)
+except TypeError as error:
+    result["refused"] = str(error)
 answer = pipeline("image-text-to-text", model=folder, **kwargs)(
     text=messages, max_new_tokens=6, generate_kwargs={"do_sample": False}
 )
@@ -107,6 +114,7 @@ def test_folder_loads_without_the_package_and_so_does_its_copy(text_config, tmp_
         assert result["base"] == "MiniMindVModel"
         assert result["processor"] == "MiniMindVProcessor"
         assert result["image_token"] == "<image>"
+        assert "unknown argument: 'kv_store'. The model's code is minimind_v_hf " in result["refused"]
         assert result["image_processor"] == "CLIPImageProcessorPil"
         for name, generated, some_logits in result["models"]:
             assert name == "MiniMindVForConditionalGeneration"

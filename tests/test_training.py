@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
-from minimind_v_hf import modeling_minimind_v as modeling
+from minimind_v_hf import head_minimind_v as modeling
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from minimind_v_hf.training import (
     TRAINABLE,
@@ -214,7 +214,7 @@ def batch(rows):
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("num_items", [None, torch.tensor(77)])
 def test_logits_at_labels_alone_give_the_same_loss(batch, monkeypatch, most, moe, num_items):
-    monkeypatch.setattr(modeling, "_MAX_LOGITS", most)
+    monkeypatch.setattr(modeling, "MAX_LOGITS", most)
     model = make_model(moe).train()
     kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
     whole = model(**batch, **kwargs)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
-from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration
+from ..modeling_minimind import MiniMindForCausalLM
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .audit import FLOAT_DTYPES
 from .native_files import ConversionError, first_line
 from .report import shorten

@@ -3,16 +3,12 @@
 from torch import nn
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..modeling_minimind_v import is_frozen as is_frozen
 
 
 TRAINABLE = ("projector", "projector+last", "projector+first_last", "llm", "all")
 """What can be trained: the projector alone, the projector with the last or the first and last decoder layer, the projector
 with the whole language model, or everything."""
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of a module learns."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def freeze(model: MiniMindVForConditionalGeneration, trainable: str) -> None:
