@@ -44,6 +44,7 @@ def takes_cache(forward: Callable) -> Callable:
 KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
     *("use_cache", "output_router_logits", "shift_labels"),  # shift_labels: accelerate's sequence parallelism
     *("attention_instances", "forward_batch"),  # vLLM, SGLang
+    *("tokenizer", "assistant_tokenizer", "debug_io"),  # generate: for the strings that end an answer, and such
     # Continuous batching; those with seqlen until 5.18
     *("read_index", "write_index", "block_table", "logits_indices", "logits_processor_args", "max_seqlen_q", "max_seqlen_k"),
 }

@@ -19,8 +19,8 @@ from transformers.utils import logging
 from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 
 
-_FORMER_FILES = ("video_minimind_v.py",)
-"""Code files of earlier layouts."""
+_FORMER_FILES = ("modeling_minimind_v.py", "video_minimind_v.py")
+"""Code files of earlier layouts; the first also held the decoder, and a language model alone needs it no more."""
 
 
 def update_code(folder: str | Path) -> list[str]:
@@ -60,8 +60,8 @@ def update_code(folder: str | Path) -> list[str]:
         content["auto_map"] = config.hub_auto_map
         changes += _write(folder / "config.json", (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
     needed = {source.name for source in sources}
-    imported = {Path(name).name for file in folder.glob("*.py") for name in get_relative_import_files(file)}
     for name in _FORMER_FILES:
+        imported = {Path(name).name for file in folder.glob("*.py") for name in get_relative_import_files(file)}
         if name not in needed | imported and (folder / name).is_file():
             (folder / name).unlink()
             changes.append(f"removed {name}")

@@ -155,6 +155,13 @@ def test_native_pixel_layout(model):
     assert model.generate(**batch, num_beams=2, **GREEDY).tolist() == expected.tolist()
 
 
+def test_what_only_generate_is_told_is_no_unknown_argument(model, processor):
+    input_ids, pixel_values = sample(model, 1, seed=13)
+    output = model.generate(input_ids, pixel_values=pixel_values, **GREEDY)
+    options = GREEDY | {"tokenizer": processor.tokenizer, "stop_strings": ["never written"]}
+    assert model.generate(input_ids, pixel_values=pixel_values, **options).tolist() == output.tolist()
+
+
 def test_streaming(processor):
     torch.manual_seed(1)
     model = make_model()

@@ -93,7 +93,7 @@ def test_old_folder_answers_rightly_after_an_update(kind, old_folder, tmp_path):
     command = [sys.executable, "-m", "minimind_v_hf.update_code", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "replaced modeling_minimind_v.py" in done.stdout
+    assert f"{'replaced' if kind == 'vlm' else 'removed'} modeling_minimind_v.py" in done.stdout
     assert "replaced config.json" in done.stdout
     assert "removed video_minimind_v.py" in done.stdout
     assert not (folder / "video_minimind_v.py").exists()
