@@ -129,9 +129,9 @@ def test_only_so_many_examples_are_shown(files, capsys):
 
 def test_parquet(files, tmp_path, capsys):
     rows = [chat("<image>"), chat("<image>"), chat("Hi")]
-    picture, bad = ((tmp_path / "images" / name).read_bytes() for name in ("red.png", "bad.png"))
+    good, bad = ((tmp_path / "images" / name).read_bytes() for name in ("red.png", "bad.png"))
     conversations = [json.dumps(json.loads(row)["conversations"]) for row in rows]
-    pq.write_table(pa.table({"conversations": conversations, "image_bytes": [[picture], [bad], []]}), "data.parquet")
+    pq.write_table(pa.table({"conversations": conversations, "image_bytes": [[good], [bad], []]}), "data.parquet")
     status, printed = check("data.parquet", capsys=capsys)
     assert status == 1
     assert "✗ rows with a corrupt image: 1\n    data.parquet, row 2: " in printed

@@ -17,7 +17,7 @@ COLOURS = ["red", "blue", "lime"]
 
 
 def jpeg(size: tuple[int, int]) -> bytes:
-    """A picture with large and small features."""
+    """An image with large and small features."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
     waves = [np.sin(30 * x * y), np.cos(20 * (x - y)), np.sin(12 * x) * np.cos(50 * y)]
     file = io.BytesIO()
@@ -59,8 +59,8 @@ def test_padding_is_on_the_right_and_images_keep_their_order(dataset, processor,
         assert batch["input_ids"][i].tolist() == sample["input_ids"] + [processor.tokenizer.pad_token_id] * padding
         assert batch["labels"][i].tolist() == sample["labels"] + [-100] * padding
         assert batch["attention_mask"][i].tolist() == [1] * sample["length"] + [0] * padding
-    pictures = [make_image(colour) for colour in ("red", "red", "blue", "lime")]
-    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [make_image(colour) for colour in ("red", "red", "blue", "lime")]
+    expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-6)
     assert set(batch) == {"input_ids", "labels", "attention_mask", "pixel_values"}
 
@@ -81,7 +81,7 @@ def test_a_batch_without_images_reaches_the_projector(dataset, processor):
 
 
 def test_unreadable_image_is_named(dataset, processor, tmp_path):
-    (tmp_path / "blue.png").write_text("no picture")
+    (tmp_path / "blue.png").write_text("no image")
     sample = dataset[0] | {"images": [str(tmp_path / "blue.png")]}
     with pytest.raises(ValueError, match=r"Cannot read the image .*blue\.png': the file is not an image"):
         MiniMindVCollator(processor)([sample])
@@ -209,8 +209,8 @@ def test_bytes_normalised_on_the_device_are_the_processors_pixels(dataset, sigli
     sample = dataset[0] | {"images": [jpeg((50, 31)), jpeg((20, 20))]}
     pixels = MiniMindVCollator(processor, uint8_pixels=True)([sample])["pixel_values"]
     assert pixels.dtype == torch.uint8
-    pictures = [Image.open(io.BytesIO(file)) for file in sample["images"]]
-    expected = processor(text="<image><image>", images=pictures, return_tensors="pt")
+    images = [Image.open(io.BytesIO(file)) for file in sample["images"]]
+    expected = processor(text="<image><image>", images=images, return_tensors="pt")
     normalize = PixelNormalizer(image_processor)
     torch.testing.assert_close(normalize(pixels), expected["pixel_values"], rtol=0, atol=1e-6)
     assert torch.equal(normalize(expected["pixel_values"]), expected["pixel_values"])

@@ -111,12 +111,12 @@ def test_all_formats_say_the_same(write, images, tmp_path):
         left = iter(row.pop("images"))
         for part in (part for message in row["messages"] for part in message["content"] if part["type"] == "image"):
             part["image"] = next(left)
-    pictures = [[encoded(Path(name).stem) for name in list_] for list_ in names]
+    files = [[encoded(Path(name).stem) for name in list_] for list_ in names]
     bytes_file, single_file = tmp_path / "lists.parquet", tmp_path / "single.parquet"
     as_json = [json.dumps(row["conversations"]) for row in ROWS]
     black = encoded("black", (8, 8))
-    pq.write_table(pa.table({"conversations": as_json, "image_bytes": [p or [black] for p in pictures]}), bytes_file)
-    pq.write_table(pa.table({"conversations": as_json[::2], "image_bytes": [pictures[0][0], black]}), single_file)
+    pq.write_table(pa.table({"conversations": as_json, "image_bytes": [p or [black] for p in files]}), bytes_file)
+    pq.write_table(pa.table({"conversations": as_json[::2], "image_bytes": [files[0][0], black]}), single_file)
 
     for rows, name in ((ROWS, "a.jsonl"), (messages, "b.jsonl"), (as_lists, "c.jsonl"), (inline, "d.jsonl")):
         dataset = load_conversations(write(rows, name), images)
@@ -125,11 +125,11 @@ def test_all_formats_say_the_same(write, images, tmp_path):
     report = DataReport()
     dataset = load_conversations(bytes_file, report=report)
     assert [contents(dataset, i) for i in range(3)] == texts
-    assert dataset["images"][:] == pictures
+    assert dataset["images"][:] == files
     assert report.repaired == {"text-only rows with a black image of 8x8: it was left out": 1}
     dataset = load_conversations(single_file)
     assert [contents(dataset, i) for i in range(2)] == texts[::2]
-    assert dataset["images"][:] == [pictures[0], []]
+    assert dataset["images"][:] == [files[0], []]
 
 
 def test_a_placeholder_in_the_text_of_a_list_is_text(write, images, processor):
@@ -143,8 +143,8 @@ def test_a_placeholder_in_the_text_of_a_list_is_text(write, images, processor):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_set_in_the_layout_of_the_hub(tmp_path, streaming):
     rows = [
-        {"messages": [{"role": m["role"], "content": m["content"]} for m in row["conversations"]], "images": pictures}
-        for row, pictures in zip(ROWS, [["red"], ["red", "blue"], []], strict=True)
+        {"messages": [{"role": m["role"], "content": m["content"]} for m in row["conversations"]], "images": files}
+        for row, files in zip(ROWS, [["red"], ["red", "blue"], []], strict=True)
     ]
     for row in rows:
         row["images"] = [make_image(colour) for colour in row["images"]]
@@ -228,7 +228,7 @@ def test_rows_with_missing_or_corrupt_images_are_dropped_and_counted(write, imag
     whole = io.BytesIO()
     Image.fromarray(np.random.randint(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
     (images / "cut.jpg").write_bytes(whole.getvalue()[:-300])
-    (images / "text.jpg").write_text("no picture")
+    (images / "text.jpg").write_text("no image")
     bad = [chat("<image>", image=name) for name in ("cut.jpg", "text.jpg", "nowhere.jpg")]
     rows = [*[chat(f"<image>{i}", image="red.png") for i in range(97)], *bad]
     report = DataReport()
@@ -283,7 +283,7 @@ def test_a_stream_stops_when_too_many_images_are_bad(write, images):
         list(load_conversations(write(rows), images, streaming=True))
 
 
-def test_a_mended_image_is_looked_at_again(write, images):
+def test_a_mended_image_is_checked_again(write, images):
     data_file = write([chat("<image>", image="red.png"), chat("<image>", image="late.png")])
     assert len(load_conversations(data_file, images, max_dropped=0.5)) == 1
     (images / "late.png").write_bytes(encoded("blue"))
@@ -538,7 +538,7 @@ def test_rows_are_read_for_other_uses_as_strictly_as_for_training(write, images)
 def test_tokens_are_the_processors_and_labels_are_what_the_assistant_says(write, images, processor):
     dataset = tokenize_conversations(load_conversations(write(ROWS), images), processor)
     assert dataset.column_names == ["input_ids", "labels", "images", "length"]
-    said = []
+    learned_texts = []
     for row, sample in zip(ROWS, dataset, strict=True):
         prompt = processor.apply_chat_template(row["conversations"])
         outputs = processor(text=prompt, images=sample["images"] or None)
@@ -546,8 +546,8 @@ def test_tokens_are_the_processors_and_labels_are_what_the_assistant_says(write,
         assert sample["length"] == len(sample["labels"]) == len(sample["input_ids"])
         learned = [(token, label) for token, label in zip(sample["input_ids"], sample["labels"], strict=True) if label != -100]
         assert all(token == label for token, label in learned)
-        said.append(processor.decode([label for _, label in learned]))
-    assert said == ["red<|im_end|>\n一<|im_end|>\n", "a dog<|im_end|>\n", "lazy<|im_end|>\n"]
+        learned_texts.append(processor.decode([label for _, label in learned]))
+    assert learned_texts == ["red<|im_end|>\n一<|im_end|>\n", "a dog<|im_end|>\n", "lazy<|im_end|>\n"]
 
 
 def test_image_tokens_are_never_labels(write, images, processor):
@@ -670,7 +670,7 @@ def test_work_is_done_once(write, images):
         check=True,
     )
     assert done.stdout.split() == first
-    assert "Looking at the images" not in done.stderr  # as its progress bar would say
+    assert "Checking the images" not in done.stderr  # as its progress bar would say
     assert [os.stat(file).st_mtime_ns for file in first] == times
 
 

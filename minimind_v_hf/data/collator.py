@@ -1,4 +1,4 @@
-"""Samples to a batch: pads or packs token ids and labels, decodes and resizes the pictures."""
+"""Samples to a batch: pads or packs token ids and labels, decodes and resizes the images."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class MiniMindVCollator:
               decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only.
 
         Raises:
-            ValueError: a picture cannot be read.
+            ValueError: an image cannot be read.
         """
         groups = [row.get("samples", [row]) for row in rows]
         length = max(sum(len(sample["input_ids"]) for sample in group) for group in groups)
@@ -108,9 +108,9 @@ class MiniMindVCollator:
         }
 
     def _resize(self, images: list[Image.Image]) -> torch.Tensor:
-        """Pictures in the encoder's size, as bytes (images, 3, height, width)."""
+        """Images in the encoder's size, as bytes (images, 3, height, width)."""
         if not images:
             return torch.zeros(0, 3, *self._image_size, dtype=torch.uint8)
-        # Normalised afterwards, all at once: the image processor takes each picture by itself
+        # Normalised afterwards, all at once: the image processor takes each image by itself
         outputs = self.processor.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
         return outputs["pixel_values"]

@@ -75,7 +75,7 @@ def open_image_store(path: str | os.PathLike) -> ImageStore:
             raise ValueError(f"{os.fspath(path)}: expected a folder of images or a zip archive.")
         try:
             _archive(os.path.realpath(path))
-        except Exception as error:  # damaged tables of contents fail in many ways
+        except Exception as error:  # damaged tables of contents raise errors of many kinds
             raise ValueError(f"{os.fspath(path)}: the zip archive is damaged ({error}).") from error
     return ImageStore(os.path.realpath(path))
 

@@ -200,7 +200,7 @@ def _read(data_files, store: ImageStore | None, streaming: bool, strict: bool, s
         raise ValueError(f"There are no rows in {', '.join(names)}.")
     kinds = {_holds_images(file) for file in files}
     if len(kinds) > 1:
-        raise ValueError("Some of the data files hold images and others name them: load and concatenate them apart.")
+        raise ValueError("Of the data files, one holds images and another names them: load and concatenate them apart.")
     holds_images = kinds == {True}
     # With size and time, so that a cached result is not taken for a file that has changed since
     described = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]

@@ -245,7 +245,7 @@ def _shorten(messages: list[dict[str, str]], tokens: int, longest_token: int) ->
         answered = answered or message["role"] == "assistant"
         content = message["content"][: max(characters, 0)]
         characters -= len(content) + longest_token  # each message takes tokens of its own
-        if "</think>" in message["content"][len(content) :]:  # by which templates tell thoughts from what is said
+        if "</think>" in message["content"][len(content) :]:  # by which templates tell thoughts from the answer
             content = message["content"] if "</think>" in content else content + "</think>"
         shortened.append({**message, "content": content})
     return shortened
