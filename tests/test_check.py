@@ -154,7 +154,17 @@ def test_the_command_and_its_exit_status(files):
 
 def test_wrong_usage(files, capsys):
     data = files(chat("Hi"))
-    for arguments in ([], ["check"], ["check", data, "--images", "nowhere"], ["check", data, "--model", "nowhere"]):
+    files("no Parquet", name="bad.parquet")
+    for arguments in (
+        [],
+        ["check"],
+        ["check", data, "--images", "nowhere"],
+        ["check", data, "--model", "nowhere"],
+        ["check", data, "--limit", "-1"],
+        ["check", data, "--max-length", "0"],
+        ["check", data, "--num-proc", "0"],
+        ["check", "bad.parquet"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
@@ -162,3 +172,10 @@ def test_wrong_usage(files, capsys):
         main(["check", "--help"])
     assert stopped.value.code == 0
     assert "exit status is 0" in capsys.readouterr().out
+
+
+def test_a_histogram_that_cannot_be_written_is_no_reason_to_fail(files, capsys):
+    Path("file").write_text("")
+    status, printed = check(files(chat("Hi")), "--histogram", "file/lengths.png", capsys=capsys)
+    assert status == 0
+    assert "No histogram was drawn: " in printed

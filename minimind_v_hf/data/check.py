@@ -277,6 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--limit", type=int, default=10, help="examples to show of each problem, 0 for all (%(default)s)")
     command.add_argument("--num-proc", type=int, help="processes that decode images (default: one for each core)")
     options = parser.parse_args(arguments)
+    if options.limit < 0 or min(options.max_length) < 1 or (options.num_proc is not None and options.num_proc < 1):
+        parser.error("--limit: expected 0 or more; --max-length and --num-proc: expected 1 or more")
 
     try:
         files = find_files(options.files)
@@ -287,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     max_lengths, unit = (options.max_length, "tokens") if processor else ([], "characters")
     try:
         findings = check(files, store, processor, max_lengths, options.num_proc)
-    except ValueError as error:  # a damaged Parquet file
+    except (OSError, ValueError) as error:  # a damaged Parquet file, or one that may not be read
         parser.error(str(error))
     print(describe_findings(findings, unit, max_lengths, options.limit))
     if not processor:
@@ -297,4 +299,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"The histogram of the lengths is in {options.histogram}.")
     except ImportError:
         print("No histogram was drawn, since matplotlib is not installed: pip install matplotlib")
+    except OSError as error:
+        print(f"No histogram was drawn: {error}")
     return 1 if findings.problems or not findings.rows else 0
