@@ -30,6 +30,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+_MAX_LAYERS = 1024
+
+
+def _require_layers(field: str, value: Any) -> None:
+    """A model of very many layers would be built until the memory is full, and one of none answers at random."""
+    _require(_is_count(value) and value <= _MAX_LAYERS, field, value, f"expected a positive integer up to {_MAX_LAYERS}")
+
+
+def _require_booleans(config: PreTrainedConfig, *fields: str) -> None:
+    for field in fields:
+        _require(isinstance(getattr(config, field), bool), field, getattr(config, field), "expected True or False")
+
+
 def _require_activation(field: str, value: Any) -> None:
     _require(value in ACT2FN, field, value, f"expected one of {', '.join(sorted(ACT2FN))}")
 
@@ -130,12 +143,16 @@ class MiniMindVTextConfig(PreTrainedConfig):
         for field in (
             "vocab_size",
             "hidden_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "max_position_embeddings",
         ):
             _require(_is_count(getattr(self, field)), field, getattr(self, field), "expected a positive integer")
+        _require_layers("num_hidden_layers", self.num_hidden_layers)
+        _require_booleans(
+            self,
+            *("use_qk_norm", "use_cache", "tie_word_embeddings", "norm_topk_prob", "seq_aux", "output_router_logits"),
+        )
         if self.head_dim is None:
             _require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -287,10 +304,13 @@ class MiniMindVConfig(PreTrainedConfig):
         self.vision_config = _as_config(
             self.vision_config, "vision_config", {"model_type": "clip_vision_model", "patch_size": 16}
         )
-        # A whole CLIP or SigLIP checkpoint: only its eyes are wanted
+        # A whole CLIP or SigLIP checkpoint: only its encoder is wanted
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        _require_booleans(self, "projector_layer_norm", "multimodal_projector_bias", "tie_word_embeddings")
+        if hasattr(self.vision_config, "num_hidden_layers"):
+            _require_layers("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers)
         expected = self._image_seq_length_of_encoder()
         if self.image_seq_length is None:
             self.image_seq_length = expected
