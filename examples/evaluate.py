@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from minimind_v_hf.arguments_minimind_v import CACHE
-from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line, load_model
+from minimind_v_hf.configuration_minimind_v import IMAGE_PLACEHOLDER
+from minimind_v_hf.data.images import ImageStore, find_problem, open_image_store, read_image
+from minimind_v_hf.data.rows import RowError, parse_row, read_rows
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -43,9 +45,9 @@ WORD = re.compile(f"[{HAN}]|[^\\W{HAN}]+")  # a Chinese character, or a word of 
 
 def token_f1(answer: str, right: str) -> float:
     """Harmonic mean of precision and recall over words and Chinese characters; 1 where neither text has any."""
-    said, wanted = (WORD.findall(text.lower()) for text in (answer, right))
-    common = (Counter(said) & Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted)) if said or wanted else 1.0
+    given, wanted = (WORD.findall(text.lower()) for text in (answer, right))
+    common = (Counter(given) & Counter(wanted)).total()
+    return 2 * common / (len(given) + len(wanted)) if given or wanted else 1.0
 
 
 def corpus_bleu(answers: list[str], right: list[str]) -> float | None:
@@ -61,7 +63,7 @@ def corpus_bleu(answers: list[str], right: list[str]) -> float | None:
 def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: list[list[str]]) -> list[list[float]]:
     """The log-likelihood of each choice, with the end token after it, as the answer to each prompt.
 
-    Pictures and prompts are read once; the choices go on from their cache.
+    Images and prompts are read once; the choices go on from their cache.
 
     Args:
         inputs: prompts padded on the left, as the processor gives them.
@@ -92,72 +94,65 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def picture_names(row: dict[str, Any]) -> list[str]:
+def image_names(row: dict[str, Any]) -> list[str]:
     return [name.strip() for name in (row.get("image") or "").split(",") if name.strip()]
 
 
-def parse_row(line: bytes, images: Path) -> dict[str, Any]:
-    """A line of a data set.
+def read_question(row: Any, store: ImageStore) -> tuple[dict[str, Any], list[str]]:
+    """A row as training would read it, unchanged but for its contents, which are strings; and where its images are.
 
     Raises:
-        ValueError: it is of another form, or a picture is missing.
+        ValueError: training would refuse or mend it, it has no right answer at its end, or its choices are of another form.
     """
+    parsed = parse_row(row, store)
+    if parsed.mismatch:
+        raise ValueError(parsed.mismatch)
+    row = {**row, "conversations": parsed.conversations}
     try:
-        row = json.loads(line)
-        roles = [message["role"] for message in row["conversations"]]
-        contents = [message["content"] for message in row["conversations"]]
-        names = picture_names(row)
-        json.dumps(row, ensure_ascii=False).encode()  # halves of characters could be neither asked nor written
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a row in the MiniMind-V format ({error!r})") from error
-    if unknown := [role for role in roles if role not in ("system", "user", "assistant", "tool")]:
-        raise ValueError(f"no message can have the role {unknown[0]!r}")
-    if len(roles) < 2 or roles[-1] != "assistant":
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, TypeError) as error:  # half a surrogate pair, or bytes of a Parquet file
+        raise ValueError(f"the row cannot be written as JSON ({error})") from error
+    if not isinstance(row.get("image") or "", str) or len(image_names(row)) != len(parsed.images):
+        raise ValueError("expected the names of its images in 'image', separated by commas")
+    if [message["role"] for message in parsed.conversations[-2:]] != ["user", "assistant"]:
         raise ValueError("expected a question, and last the assistant's right answer")
-    if not all(isinstance(content, str) for content in contents):
-        raise ValueError("expected text as every message's content")
-    placeholders = sum(content.count("<image>") for content in contents[:-1])
-    if placeholders != len(names):
-        raise ValueError(f"{placeholders} <image> placeholders, but {len(names)} pictures")
-    if missing := [name for name in names if not (images / name).is_file()]:
-        raise ValueError(f"there is no {images / missing[0]}")
-    choices = row.pop("choices", None)
-    if choices is not None:
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f"expected a list of texts as choices, got {choices!r}")
-        if contents[-1] not in choices:
-            raise ValueError(f"the right answer {contents[-1]!r} is not among its choices")
-        row["choices"] = choices
-    return row
+    if any(IMAGE_PLACEHOLDER in message["content"] for message in parsed.conversations[-1:]):
+        raise ValueError(f"the right answer has an {IMAGE_PLACEHOLDER}")
+    right, choices = parsed.conversations[-1]["content"], row.get("choices")
+    if choices is None:
+        row.pop("choices", None)
+    elif not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"expected a list of texts as choices, got {choices!r}")
+    elif right not in choices:
+        raise ValueError(f"the right answer {right!r} is not among its choices")
+    return row, parsed.images
 
 
-def read_rows(data: Path, images: Path) -> list[dict[str, Any]]:
-    """The rows of a data set.
+def read_questions(data: Path, store: ImageStore) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """The rows of a data set, and the files of each one's images.
 
     Raises:
-        ValueError: a row is of another form, or a picture is missing or cannot be read; the message names the line.
+        ValueError: a row is of another form, or an image is missing or cannot be read; the message names the line.
     """
-    rows: list[dict[str, Any]] = []
-    line_of: dict[str, int] = {}  # of each picture's first row
-    with open(data, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(parse_row(line, images))
-            except ValueError as error:
-                raise ValueError(f"{data}, line {number}: {error}") from error
-            for name in picture_names(rows[-1]):
-                line_of.setdefault(name, number)
+    rows, images = [], []
+    place_of: dict[str, str] = {}  # of each image's first row
+    for place, raw in read_rows(data):
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            row, files = read_question(raw, store)
+        except ValueError as error:
+            raise ValueError(f"{data}, {place}: {error}") from error
+        rows.append(row)
+        images.append(files)
+        for file in files:
+            place_of.setdefault(file, place)
     if not rows:
         raise ValueError(f"{data} has no rows")
-    for name, number in tqdm(line_of.items(), desc="Looking at the pictures", unit="picture", delay=2):
-        try:
-            with Image.open(images / name) as picture:
-                picture.load()
-        except Exception as error:  # each decoder has its own ways to fail on damaged bytes
-            raise ValueError(f"{data}, line {number}: {images / name} cannot be read ({error})") from error
-    return rows
+    for file, place in tqdm(place_of.items(), desc="Reading the images", unit="image", delay=2):
+        if problem := find_problem(file, store):
+            raise ValueError(f"{data}, {place}: {problem[1]}")
+    return rows, images
 
 
 def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,7 +165,7 @@ def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[st
             done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]  # the last may be half a line
             print(f"{len(done)} of {len(rows)} questions were answered before.", file=sys.stderr)
         else:
-            print(f"{unfinished} is of another model, data set, pictures or length: starting anew.", file=sys.stderr)
+            print(f"{unfinished} is of another model, data set, images or length: starting anew.", file=sys.stderr)
     rest = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
     unfinished.write_text(json.dumps(settings) + "\n" + rest, encoding="utf-8")
     return done
@@ -191,17 +186,13 @@ def fingerprint(*paths: Path) -> str:
 
 
 @torch.inference_mode()
-def answer(model, processor, batch: list[dict[str, Any]], images: Path, max_new_tokens: int) -> list[dict[str, Any]]:
+def answer(model, processor, batch: list[dict[str, Any]], files: list[list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
     """The rows with "answer" and its measures; those with choices also with "choice" and "choice_right"."""
-    prompts = processor.apply_chat_template([row["conversations"][:-1] for row in batch], add_generation_prompt=True)
-    pictures = [[str(images / name) for name in picture_names(row)] for row in batch]
-    inputs = processor(text=prompts, images=pictures if any(pictures) else None, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    images = [[read_image(file) for file in row] for row in files]
+    inputs = encode_questions(processor, [row["conversations"][:-1] for row in batch], images).to(model.device)
     results = []
-    for row, text in zip(batch, answers, strict=True):
-        text, right = text.strip(), row["conversations"][-1]["content"].strip()
+    for row, text in zip(batch, answer_questions(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True):
+        right = row["conversations"][-1]["content"].strip()
         results.append({**row, "answer": text, "right": text == right, "f1": token_f1(text, right)})
     choices = [row.get("choices", []) for row in batch]
     if any(choices):
@@ -242,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
     parser.add_argument("--data", required=True, type=Path, help="JSONL file with the questions and right answers")
-    parser.add_argument("--images", required=True, type=Path, help="folder that holds the pictures")
+    parser.add_argument("--images", required=True, type=Path, help="folder that holds the images")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write, one line per question")
     parser.add_argument("--batch-size", type=int, default=50, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
@@ -257,13 +248,13 @@ def main() -> None:
 
     # ── Questions and model ──
     with errors_in_one_line(parser):
-        rows = read_rows(arguments.data, arguments.images)
+        rows, images = read_questions(arguments.data, open_image_store(arguments.images))
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
     settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
-    settings["images"] = fingerprint(*(arguments.images / name for row in rows for name in picture_names(row)))
+    settings["images"] = fingerprint(*(arguments.images / name for row in rows for name in image_names(row)))
     settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8}
     unfinished = arguments.output.with_name(arguments.output.name + ".part")
     done = finished_rows(unfinished, settings, rows)
@@ -273,7 +264,7 @@ def main() -> None:
     ):
         for start in range(len(done), len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
-            results = answer(model, processor, batch, arguments.images, arguments.max_new_tokens)
+            results = answer(model, processor, batch, images[start : start + arguments.batch_size], arguments.max_new_tokens)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
             file.flush()
             done += results
@@ -289,7 +280,7 @@ def main() -> None:
     print(f"{exact} of {len(done)} answers are exact ({exact / len(done):.1%}). They are in {arguments.output}.")
     sheet = arguments.output.with_name(f"{arguments.output.stem}_errors.png")
     sheet.unlink(missing_ok=True)
-    wrong = [row for row in done if not row["right"] and picture_names(row)]
+    wrong = [row for row in done if not row["right"] and image_names(row)]
     if wrong:
         try:
             from minimind_v_hf.drawing import draw_answers

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MOE, make_image, make_model, make_processor
-from evaluate import choice_scores, corpus_bleu, fingerprint, finished_rows, main, read_rows, table, token_f1
+from evaluate import choice_scores, corpus_bleu, fingerprint, finished_rows, main, read_questions, table, token_f1
+
+from minimind_v_hf.data.images import open_image_store
 
 
 EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
@@ -149,15 +151,27 @@ def test_answers_of_another_model_are_not_taken_over(tmp_path, capsys):
     unfinished = tmp_path / "a.part"
     unfinished.write_text('{"model": 1}\n{"answer": "old"}\n')
     assert finished_rows(unfinished, {"model": 2}, [{}, {}]) == []
-    assert "another model, data set, pictures or length" in capsys.readouterr().err
+    assert "another model, data set, images or length" in capsys.readouterr().err
     assert unfinished.read_text() == '{"model": 2}\n'
+
+
+def answered(question, role="user", **more):
+    messages = [{"role": role, "content": question}, {"role": "assistant", "content": "a"}]
+    return json.dumps({"conversations": messages, **more})
 
 
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("{", "line 2: not a row"),
-        ('{"image": "0.png"}', "line 2: not a row .*'conversations'"),
+        ("{", "line 2: the line is not valid JSON"),
+        ("[" * 100_000, "line 2: the line is not valid JSON"),
+        (answered("?", role="tool"), "line 2: unknown role 'tool'"),
+        (answered("<image>", image="../secret.png"), "line 2: the image '../secret.png' leads out of"),
+        (answered("<image>", image="/etc/hosts"), "line 2: the image '/etc/hosts' leads out of"),
+        (answered("<image>", image="link.png"), "line 2: .*link.png.*symbolic link leads out of"),
+        (answered("?", kind="\ud800"), "line 2: the row cannot be written as JSON"),
+        (answered("?", image="0.png"), "line 2: 0 <image> placeholders, but 1 images"),
+        ('{"image": "0.png"}', "line 2: .*'conversations'"),
         ('{"conversations": [{"role": "user", "content": "Hi"}]}', "line 2: expected a question"),
         (
             '{"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]}',
@@ -166,7 +180,7 @@ def test_answers_of_another_model_are_not_taken_over(tmp_path, capsys):
         (
             '{"image": "x.png", "conversations": [{"role": "user", "content": "<image>"},'
             ' {"role": "assistant", "content": "a"}]}',
-            "line 2: there is no .*x.png",
+            "line 2: .*x.png': there is no such file",
         ),
         (
             '{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "choices": ["b"]}',
@@ -178,26 +192,29 @@ def test_answers_of_another_model_are_not_taken_over(tmp_path, capsys):
         ),
         (
             '{"conversations": [{"role": "bot", "content": "?"}, {"role": "assistant", "content": "a"}]}',
-            "line 2: no message can have the role 'bot'",
+            "line 2: unknown role 'bot'",
         ),
         (
             '{"conversations": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
-            "line 2: not a row .*surrogates not allowed",
+            "line 2: the text holds half a surrogate pair",
         ),
         (
             '{"image": "broken.png", "conversations": [{"role": "user", "content": "<image>"},'
             ' {"role": "assistant", "content": "a"}]}',
-            "line 2: .*broken.png cannot be read",
+            "line 2: .*broken.png",
         ),
     ],
 )
 def test_bad_rows_are_named_before_any_work(line, error, tmp_path):
     good = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
     (tmp_path / "data.jsonl").write_text(good + line + "\n")
+    outside = tmp_path.parent / "outside.png"
+    make_image().save(outside)
+    (tmp_path / "link.png").symlink_to(outside)
     make_image().save(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=error):
-        read_rows(tmp_path / "data.jsonl", tmp_path)
+        read_questions(tmp_path / "data.jsonl", open_image_store(tmp_path))
 
 
 def test_table_without_choices_and_with_two_languages():
