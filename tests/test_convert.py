@@ -314,6 +314,11 @@ SPOILED = {
         lambda n: n.update({"model.layers.999999999.input_layernorm.weight": torch.ones(64)}),
         "model.layers.999999999.input_layernorm.weight: (64,), expected no such tensor",
     ),
+    "a name with a line break": (lambda n: n.update({"a\nb": torch.ones(1)}), "the name of a tensor is the str 'a\\nb'"),
+    "a layer of 5,000 digits": (
+        lambda n: n.update({f"model.layers.{'9' * 5000}.x": torch.ones(1)}),
+        "(1,), expected no such tensor",
+    ),
     "a billion experts": (
         lambda n: n.update({"model.layers.0.mlp.experts.999999999.up_proj.weight": torch.ones(64)}),
         "model.layers.0.mlp.experts.999999999.up_proj.weight: (64,), expected no such tensor",
@@ -456,6 +461,9 @@ ENCODERS = {
     "no size": ("preprocessor_config.json", {"crop_size": "x"}, "preprocessing"),
     "another size": ("preprocessor_config.json", {"crop_size": {"height": 24, "width": 24}}, "its preprocessing gives 3x24x24"),
     "a variance of 0": ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "NaN or infinite pixels"),
+    "a factor of 0": ("preprocessor_config.json", {"rescale_factor": 0}, "the same of a black and of a white image"),
+    "no crop": ("preprocessor_config.json", {"do_center_crop": False}, "its preprocessing gives 3x28x56 pixels"),
+    "activation": ("config.json", {"hidden_act": "nope"}, "no model of this configuration can be built"),
     "garbage": ("preprocessor_config.json", None, "its preprocessing cannot be read"),
     "garbage weights": ("model.safetensors", None, "its weights cannot be loaded"),
 }

@@ -138,7 +138,7 @@ def detect(
     text: dict[str, Any] = {
         "vocab_size": rows_of("output.weight" if is_first else "lm_head.weight"),
         "hidden_size": rows_of("attention_norm.weight" if is_first else "input_layernorm.weight"),
-        "num_hidden_layers": _count(shapes, r"layers\.(\d+)\." if is_first else r"model\.layers\.(\d+)\."),
+        "num_hidden_layers": _count(shapes, r"layers\.(\d{1,6})\." if is_first else r"model\.layers\.(\d{1,6})\."),
     }
     rows += [(name, str(value), "names and shapes") for name, value in text.items()]
 
@@ -161,14 +161,14 @@ def detect(
 
     # ── Feed-forward ──
     mlp, gate = ("feed_forward", "w1") if is_first else ("mlp", "gate_proj")
-    num_experts = _count(shapes, rf".*\.{mlp}\.experts\.(\d+)\.")
+    num_experts = _count(shapes, r".*\.(?:mlp|feed_forward)\.experts\.(\d{1,6})\.")
     text["intermediate_size"] = rows_of(f"{mlp}.experts.0.{gate}.weight" if num_experts else f"{mlp}.{gate}.weight")
     rows.append(("intermediate_size", str(text["intermediate_size"]), "shapes"))
     text["num_experts"] = num_experts
     rows.append(("num_experts", str(num_experts) if num_experts else "0 (dense)", "names of the tensors"))
     if num_experts:
         # The first MiniMind2-V has one, without a number
-        shared = int(any(".shared_experts.w1" in name for name in shapes)) or _count(shapes, r".*\.shared_experts\.(\d+)\.")
+        shared = int(any(".shared_experts.w1" in name for name in shapes)) or _count(shapes, r".*\.shared_experts\.(\d{1,6})\.")
         text["num_shared_experts"] = shared
         rows.append(("num_shared_experts", str(shared), "names of the tensors"))
         text["num_experts_per_tok"] = choose("num_experts_per_tok", num_experts_per_tok, 1 if is_3 else 2)

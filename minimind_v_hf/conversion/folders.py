@@ -36,10 +36,17 @@ def load_config(source: str | Path, what: str) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration of ours, without memory for its parameters."""
+    """The model of a configuration of ours, without memory for its parameters.
+
+    Raises:
+        ConversionError: there is no such model.
+    """
     model_class = MiniMindVForConditionalGeneration if isinstance(config, MiniMindVConfig) else MiniMindForCausalLM
-    with init_empty_weights(include_buffers=False):
-        return model_class(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return model_class(config)
+    except Exception as error:  # whatever an odd configuration of an encoder makes its class raise
+        raise ConversionError(f"no model of this configuration can be built ({first_line(error)})") from None
 
 
 def read_model_folder(
@@ -73,6 +80,8 @@ def read_model_folder(
             stored |= load_file(file)
         except Exception as error:  # whatever a damaged file makes its reader raise
             raise ConversionError(f"{file} is truncated or damaged ({first_line(error)})") from None
+    if decoder.num_hidden_layers > len(stored):
+        raise ConversionError(f"{folder}: num_hidden_layers={decoder.num_hidden_layers}, but there are {len(stored)} tensors")
     model = empty_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = getattr(model, "all_tied_weights_keys", {}) if config.tie_word_embeddings else {}

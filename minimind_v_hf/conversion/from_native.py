@@ -156,9 +156,12 @@ def convert(
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id. Raises ConversionError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a damaged tokenizer.json makes the parsers raise
         raise ConversionError(f"--tokenizer {source}: no tokenizer can be loaded from there ({first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ConversionError(f"--tokenizer {source}: it has no eos_token, so an answer would have no end")
+    return tokenizer
 
 
 def load_vision_config(source: str) -> PreTrainedConfig:
@@ -197,15 +200,17 @@ def load_image_processor(source: str, vision_config: PreTrainedConfig) -> BaseIm
     else:
         raise ConversionError(f"{what}: it has no preprocessor_config.json")
     try:
-        blank = torch.zeros(3, size, size, dtype=torch.uint8)
-        pixels = torch.as_tensor(image_processor(blank, return_tensors="pt")["pixel_values"])
+        black = torch.zeros(3, size, 2 * size, dtype=torch.uint8)
+        pixels = torch.stack([image_processor(image, return_tensors="pt")["pixel_values"][0] for image in (black, black + 255)])
     except Exception as error:  # as above
         raise ConversionError(f"{what}: its preprocessing fails on a black image ({first_line(error)})") from None
-    if pixels.shape != (1, 3, size, size):
+    if pixels.shape != (2, 3, size, size):
         given = "x".join(map(str, pixels.shape[1:]))
         raise ConversionError(f"{what}: its preprocessing gives {given} pixels, its encoder wants 3x{size}x{size}")
     if not pixels.isfinite().all():
         raise ConversionError(f"{what}: its preprocessing gives NaN or infinite pixels for a black image")
+    if torch.equal(pixels[0], pixels[1]):
+        raise ConversionError(f"{what}: its preprocessing makes the same of a black and of a white image")
     return image_processor
 
 

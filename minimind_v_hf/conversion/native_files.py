@@ -69,8 +69,8 @@ def read_native_weights(path: Path) -> NativeWeights:
 def _check_entry(file: Path, name: Any, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ConversionError(f"{file} is no state dict: its entry {name!r} is a {type(tensor).__name__}, not a tensor")
-    if not isinstance(name, str):
-        raise ConversionError(f"{file} is no state dict: the name of a tensor is the {type(name).__name__} {name!r}")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ConversionError(f"{file} is no state dict: the name of a tensor is the {type(name).__name__} {name!a}")
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         kind = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else "sparse or nested"
         raise ConversionError(f"{file}: the tensor {name} is {kind}, where a dense one was expected")

@@ -60,6 +60,8 @@ def verify(model: PreTrainedModel, folder: Path, remote_code: bool) -> float:
         prompt = model(**inputs).logits
         # One pass without a cache over prompt and answer: each token must be the likeliest one where it stands
         answer = model(**{**inputs, "input_ids": found["tokens"][:, :-1]}).logits[:, length - 1 :]
+    if not prompt.isfinite().all() and all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ConversionError("the converted model gives NaN or infinite logits, though its weights are finite")
     if "pixel_values" in inputs:
         answer[..., model.config.image_token_id] = -torch.inf  # which the answer may not hold: it has no image
     scale = TOLERANCE * max(1.0, float(prompt.nan_to_num(0, 0, 0).abs().max()))
