@@ -8,6 +8,7 @@ import binascii
 import http.client
 import io
 import os
+import time
 import urllib.parse
 import urllib.request
 from typing import Any
@@ -23,7 +24,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_ASPECT_RATIO = 100
 """Of longer images the middle is kept. Scaled to the encoder's size by their shorter side, they would fill the memory."""
 
-_DOWNLOAD_TIMEOUT = 30  # seconds
+_DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+_DOWNLOAD_DEADLINE = 600  # seconds in all
 _MAX_DOWNLOAD = 64 * 2**20  # bytes
 
 
@@ -76,8 +78,8 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
         image = Image.open(file)
     except Image.UnidentifiedImageError as error:
         raise ValueError("the file is not an image in a known format") from error
-    except (OSError, http.client.HTTPException, Image.DecompressionBombError, RuntimeError, SyntaxError) as error:
-        raise ValueError(str(error)) from error
+    except Exception as error:  # decoders raise many kinds of errors on damaged bytes
+        raise ValueError(str(error) or type(error).__name__) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{image.width}x{image.height} pixels exceed the limit of {MAX_IMAGE_PIXELS} (a decompression bomb?); "
@@ -87,14 +89,23 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
 
 
 def download(url: str, max_bytes: int) -> io.BytesIO:
-    """The bytes behind a URL, `max_bytes` at most. Raises OSError or ValueError."""
+    """The bytes behind a URL, `max_bytes` at most. Raises ValueError with the reason."""
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
     request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})
-    with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
-        file = io.BytesIO(response.read(max_bytes + 1))
-    if file.getbuffer().nbytes > max_bytes:
-        raise ValueError(f"the download exceeds {max_bytes >> 20} MiB")
-    return file
+    content, deadline = bytearray(), time.monotonic() + _DOWNLOAD_DEADLINE
+    try:
+        with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response:
+            while part := response.read1(2**20):
+                content += part
+                if len(content) > max_bytes:
+                    raise ValueError(f"the download exceeds {max_bytes >> 20} MiB")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the download takes longer than {_DOWNLOAD_DEADLINE} seconds")
+            if response.length:
+                raise ValueError(f"the download breaks off: {response.length} bytes are missing")
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return io.BytesIO(content)
 
 
 def _decode_base64(text: str) -> bytes:
@@ -117,6 +128,8 @@ def check_array(array: np.ndarray | torch.Tensor) -> np.ndarray:
     """
     channels_first = isinstance(array, torch.Tensor)
     if isinstance(array, torch.Tensor):
+        if array.is_meta:
+            raise ValueError("expected a tensor with data, got one on the meta device")
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
     values = array[..., None] if array.ndim == 2 else array

@@ -12,6 +12,7 @@ Three things happen here that an image processor and a tokenizer do not do by th
 This file is copied into every saved model folder, so it depends on torch and transformers alone; videos need PyAV.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -48,6 +49,33 @@ def _unreadable(kind: str, sample: int, index: int, source: Any, reason: Excepti
 
 
 # ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_conversation(messages: Any) -> None:
+    """Raise a ValueError that names the message or the content item which is not of the kind that transformers expects."""
+    if hasattr(messages, "messages"):  # an object that transformers itself takes apart
+        return
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"conversation: expected a list of messages, got {type(messages).__name__} {messages!r:.99}.")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            if hasattr(message, "role"):
+                continue
+            raise ValueError(f"Message {number} (counted from 0): expected a dict with role and content, got {message!r:.99}.")
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(
+                f"Message {number} (counted from 0) has no content: expected a string or a list, got {content!r:.99}."
+            )
+        for item in content if not isinstance(content, str) else []:
+            if not isinstance(item, dict) or not isinstance(item.get("type"), str):
+                raise ValueError(f"Message {number} (counted from 0): expected content items with a type, got {item!r:.99}.")
+            sources = [key for key in ("image", "video", "path", "url", "base64") if item.get(key) is not None]
+            if item["type"] in ("image", "video") and len(sources) > 1:
+                raise ValueError(
+                    f"Message {number} (counted from 0): expected one source of each {item['type']}, got several sources, "
+                    f"{' and '.join(sources)}."
+                )
 
 
 class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -132,6 +160,17 @@ class MiniMindVProcessor(ProcessorMixin):
             )
         return processor
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in `ProcessorMixin`. Raises OSError where a file is damaged."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: processor_config.json, tokenizer_config.json, tokenizer.json or "
+                f"chat_template.jinja is damaged ({type(error).__name__}: {error})."
+            ) from error
+
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -175,10 +214,15 @@ class MiniMindVProcessor(ProcessorMixin):
         if isinstance(text, str):
             text = [text]
         if text is not None:
-            if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
+            if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text) or not text:
                 raise ValueError("text: expected a string or a list of strings.")
             if "" in text:
                 raise ValueError(f"text: prompt {text.index('')} (counted from 0) is empty: expected at least a character.")
+            for number, sample in enumerate(text):
+                if sample != sample.encode(errors="replace").decode():
+                    raise ValueError(
+                        f"text: prompt {number} (counted from 0) holds half a surrogate pair, which is no character."
+                    )
             text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
         if images is not None:
             images = self._load_images(images, self._count(text, self.image_token), kwargs) or None
@@ -308,10 +352,19 @@ class MiniMindVProcessor(ProcessorMixin):
                     f"were passed for it. Pass one {kind} per placeholder."
                 )
 
-    def apply_chat_template(self, *args, **kwargs):
-        """As in `ProcessorMixin`. Raises ValueError where the template itself cannot be read."""
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in `ProcessorMixin`.
+
+        Raises:
+            ValueError: the conversation is no list of messages, or the template itself cannot be read.
+        """
+        is_batch = isinstance(conversation, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in conversation)
+        for messages in conversation if is_batch else [conversation]:
+            _check_conversation(messages)
         try:
-            return super().apply_chat_template(*args, **kwargs)
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except RecursionError as error:
+            raise ValueError("conversation: it is nested too deeply.") from error
         except TemplateSyntaxError as error:
             folder = self.tokenizer.name_or_path or "this processor"
             raise ValueError(f"The chat template of {folder} is damaged: line {error.lineno}: {error.message}") from error

@@ -60,12 +60,9 @@ def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Imag
         if isinstance(name, bytes):
             file = io.BytesIO(name)
         elif name.lower().startswith(("http://", "https://")):
-            try:
-                file = download(name, _MAX_VIDEO_DOWNLOAD)
-            except OSError as error:
-                raise ValueError(str(error)) from error
+            file = download(name, _MAX_VIDEO_DOWNLOAD)
         elif not os.path.isfile(name):
-            raise ValueError("there is no such file, and it is no URL")
+            raise ValueError("it is not a regular file" if os.path.exists(name) else "there is no such file, and it is no URL")
         return read_video(file, max_frames)
     if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)) or len(source) == 0:
         raise ValueError(f"expected a path, a URL or a list of frames, got {type(source).__name__}")

@@ -1,16 +1,17 @@
-"""The processor: tokens, pictures, chat messages, and clear errors."""
+"""The processor: tokens, images, chat messages, and clear errors."""
 
 import base64
 import io
 import json
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, make_image, make_image_processor, make_processor, make_tokenizer
+from conftest import IMAGE_SIZE, make_config, make_image, make_image_processor, make_processor, make_tokenizer
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.configuration_minimind_v import CONTROL_MARK
 from minimind_v_hf.image_reading_minimind_v import load_image
 from minimind_v_hf.preparation import prepare_tokenizer
+from minimind_v_hf.video_reading_minimind_v import load_video
 
 
 IMAGE_TOKENS = 16
@@ -532,3 +534,104 @@ def test_a_damaged_template_is_named(tmp_path):
     damaged = MiniMindVProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"chat template of .*damaged: line 2"):
         damaged.apply_chat_template([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "error"),
+    [
+        ([], r"expected a list of messages, got list \[\]"),
+        ("Hi", "expected a list of messages, got str 'Hi'"),
+        (None, "expected a list of messages, got NoneType"),
+        ([5], r"Message 0 \(counted from 0\): expected a dict with role and content, got 5"),
+        ([[{"role": "user", "content": "Hi"}], [None]], "Message 0 .* got None"),
+        ([[[[{"role": "user", "content": "Hi"}]]]], "expected a dict with role and content"),
+        ([{"role": "user", "content": [5]}], "Message 0 .* expected content items with a type, got 5"),
+        ([{"role": "user", "content": ["Hi"]}], "expected content items with a type, got 'Hi'"),
+        ([{"role": "user", "content": [{"text": "Hi"}]}], "expected content items with a type"),
+        ([{"role": "user", "content": None}], "Message 0 .* has no content"),
+        ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], "Message 0 .* has no content"),
+        ([{"role": "user", "content": [{"type": "video", "url": "a", "path": "b"}]}], "several sources, path and url"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_what_is_no_conversation_is_refused(processor, conversation, error, tokenize):
+    with pytest.raises(ValueError, match=error):
+        processor.apply_chat_template(conversation, tokenize=tokenize, return_dict=True)
+
+
+def test_a_deeply_nested_conversation_is_refused_or_rendered(processor):
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    message = {"role": "user", "content": "Hi", "more": deep}
+    try:
+        rendered = processor.apply_chat_template([message])  # transformers 5.18 looks at no other key
+    except ValueError as error:
+        rendered = str(error)
+    assert "nested too deeply" in rendered or "user\nHi<|im_end|>" in rendered
+
+
+def test_build_prepares_a_copy_and_checks_the_image_token():
+    tokenizer = make_tokenizer()
+    processor = MiniMindVProcessor.build(make_image_processor(), tokenizer, make_config())
+    assert processor.image_seq_length == IMAGE_TOKENS
+    assert processor.chat_template == processor.tokenizer.chat_template
+    assert tokenizer.chat_template is None
+    assert getattr(tokenizer, "image_token", None) is None
+    again = MiniMindVProcessor.build(make_image_processor(), processor.tokenizer, make_config())
+    assert again.tokenizer is processor.tokenizer
+    with pytest.raises(ValueError, match=r"has the id \d+, but config.image_token_id is 7: expected the same"):
+        MiniMindVProcessor.build(make_image_processor(), tokenizer, make_config(image_token_id=7))
+    with pytest.raises(ValueError, match=r"without. Give it to MiniMindVProcessor.build"):
+        MiniMindVProcessor(make_image_processor(), tokenizer)
+
+
+def test_build_says_that_it_needs_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minimind_v_hf.preparation", None)
+    with pytest.raises(ImportError, match=r"MiniMindVProcessor.build needs the package minimind_v_hf"):
+        MiniMindVProcessor.build(make_image_processor(), make_tokenizer(), make_config())
+
+
+@pytest.mark.parametrize("load", [load_image, load_video])
+def test_a_download_that_breaks_off_is_said(load):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ValueError, match="the download breaks off: 990 bytes are missing"):
+            load(f"http://127.0.0.1:{server.server_port}/file")
+        with pytest.raises(ValueError, match="nonnumeric port"):
+            load("http://127.0.0.1:port/file")
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"{{ x", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_is_named(processor, name, content, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=rf"{tmp_path}.*{name}"):
+        MiniMindVProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [([], "expected a string or a list"), ("a\ud800", "prompt 0 .* half a surrogate pair")]
+)
+def test_text_that_is_none_is_refused(processor, text, error):
+    with pytest.raises(ValueError, match=error):
+        processor(text=text)
+
+
+def test_a_tensor_without_data_is_refused(processor):
+    with pytest.raises(ValueError, match="meta device"):
+        processor(text="<image>", images=torch.zeros(3, 4, 4, device="meta"))
