@@ -502,7 +502,7 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
     with (
         pytest.raises(OSError, match=r"checkpoint-4 could not be written, the disk is full: .*No space left"),
-        checkpoints.explained_failure(tmp_path / "checkpoint-4", str(tmp_path)),
+        checkpoints.explained_failure(tmp_path / "checkpoint-4", str(tmp_path), is_writer=True),
     ):
         raise RuntimeError("No space left on device")
 

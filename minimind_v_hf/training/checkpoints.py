@@ -131,12 +131,13 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 @contextlib.contextmanager
-def explained_failure(folder: Path, output_dir: str) -> Iterator[None]:
+def explained_failure(folder: Path, output_dir: str, is_writer: bool) -> Iterator[None]:
     """Around what writes a folder of a run: if it fails, that is removed, and the error tells of the disk and of what is saved.
 
     Args:
         folder: what is written.
         output_dir: of the run, with its checkpoints.
+        is_writer: whether this process may remove it: another one fails too when its peer is killed.
 
     Raises:
         OSError: in the place of what safetensors, torch and Python raise.
@@ -145,7 +146,8 @@ def explained_failure(folder: Path, output_dir: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(output_dir).free
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_writer:
+            shutil.rmtree(folder, ignore_errors=True)
         cause = "the disk is full" if free < 2**24 else f"with {free / 1e9:.1f} GB free on its disk"
         raise OSError(f"{folder} could not be written, {cause}: {error}. {what_is_saved(output_dir)}") from error
 

@@ -140,7 +140,7 @@ class MiniMindVTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs, num_items_in_batch):
-        """How much of its step's auxiliary loss this batch brings, as `_head` in the model weighs it."""
+        """How much of its step's auxiliary loss this batch brings, as the head of the model weighs it."""
         if num_items_in_batch is None:
             return 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         counted_together = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
@@ -240,7 +240,7 @@ class MiniMindVTrainer(Trainer):
         """As in `Trainer`; then comes the mark that the checkpoint is complete, and only after it may older ones go."""
         args, output_dir = self.args, Path(self._get_output_dir(trial))
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._meter.paused(), explained_failure(folder, args.output_dir):
+        with self._meter.paused(), explained_failure(folder, args.output_dir, args.should_save):
             if args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             self.accelerator.wait_for_everyone()
@@ -267,7 +267,7 @@ class MiniMindVTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         unfinished = folder / ".unfinished"
-        with explained_failure(unfinished, self.args.output_dir):
+        with explained_failure(unfinished, self.args.output_dir, self.args.should_save):
             super().save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
