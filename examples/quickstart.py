@@ -1,10 +1,10 @@
-"""Train a tiny vision-language model from scratch on your own CPU, and see it answer about pictures it has never seen.
+"""Train a tiny vision-language model from scratch on your own CPU, and see it answer about images that it was never shown.
 
     python examples/quickstart.py
 
 Draws a bilingual data set of coloured shapes, trains encoder, projector and decoder on it, saves a folder for the Hub, loads
-that folder in a fresh process, asks about held-out pictures, and draws what came out. Takes about four minutes on two cores
-and needs no network.
+that folder in a fresh process, asks about held-out images, and draws what came out. Takes about four minutes on two cores
+and needs no network. It ends with exit code 1 if the saved model does not answer as the trained one does.
 """
 
 import argparse
@@ -17,18 +17,24 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import minimind_v_hf
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
-from minimind_v_hf.drawing import draw_answers, draw_curves
+from minimind_v_hf.data.images import read_image
 from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
 
-PATCH_SIZE = 16  # so that a picture of 64 pixels becomes 4 x 4 patches
+PATCH_SIZE = 16  # so that an image of 64 pixels becomes 4 x 4 patches
+NEW_TOKENS = 12  # of the longest answer
+CHECKED = 50  # held-out questions that the trained model answers too
+ENOUGH = 10_000  # images, from which on a run must have learned
 
 
 def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
@@ -67,11 +73,15 @@ def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--train-pictures", type=int, default=13_000, help="pictures to train on (default: %(default)s)")
-    parser.add_argument("--test-pictures", type=int, default=300, help="pictures to hold out (default: %(default)s)")
+    parser.add_argument("--train-images", type=int, default=13_000, help="images to train on (default: %(default)s)")
+    parser.add_argument("--test-images", type=int, default=300, help="images to hold out (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.train_images < 1 or arguments.test_images < 4:
+        parser.error("expected --train-images of 1 or more, and --test-images of 4 or more")
+    with errors_in_one_line(parser):
+        from minimind_v_hf.drawing import draw_answers, draw_curves  # needs matplotlib
     folder, stages, clock = arguments.output, {}, time.perf_counter()
-    torch.set_num_threads(1)  # the matrices are too small for more; another core reads pictures
+    torch.set_num_threads(1)  # the matrices are too small for more; another core reads images
 
     def stage_done(name: str) -> None:
         nonlocal clock
@@ -79,7 +89,7 @@ def main() -> None:
 
     # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     data = folder / "data"
-    write_data_set(data, arguments.train_pictures, arguments.test_pictures, turns=7)
+    write_data_set(data, arguments.train_images, arguments.test_images, turns=7)
     stage_done("draw the data set")
 
     image_processor = CLIPImageProcessorPil(
@@ -118,9 +128,9 @@ def main() -> None:
         image_token_id=processor.image_token_id,
     )
     model = MiniMindVForConditionalGeneration(config)
-    # As strong as the patches, so that the model sees early on where a patch lies
+    # As strong as the patches, so that the model learns early on where a patch lies
     torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight)
-    print(f"The model has {model.num_parameters():,} parameters and sees a picture as {config.image_seq_length} tokens.")
+    print(f"The model has {model.num_parameters():,} parameters and an image is {config.image_seq_length} tokens to it.")
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
     trainer = Trainer(
@@ -154,12 +164,17 @@ def main() -> None:
     answers = folder / "answers.jsonl"
     evaluate = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--model", str(model_folder)]
     evaluate += ["--data", str(data / "test.jsonl"), "--images", str(data / "images"), "--output", str(answers)]
-    subprocess.run([*evaluate, "--max-new-tokens", "12"], check=True)
+    subprocess.run([*evaluate, "--max-new-tokens", str(NEW_TOKENS)], check=True)
+    with open(answers, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    # Without a cache: each token by a forward pass over all before it, as in training
+    asked = [row["conversations"][:1] for row in rows[:CHECKED]]
+    images = [[read_image(str(data / "images" / row["image"]))] for row in rows[:CHECKED]]
+    inputs = encode_questions(processor, asked, images)
+    expected = answer_questions(model, processor, inputs, max_new_tokens=NEW_TOKENS, use_cache=False)
     stage_done("load and answer")
 
     # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────
-    with open(answers, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     draw_answers(rows, data / "images", folder / "answers.png")
     stage_done("draw the sheets")
     print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
@@ -174,10 +189,24 @@ def main() -> None:
         print(f"{name:<20}{seconds:>7.1f} s")
     results = {"exact": exact, "majority_answer": majority, "seconds": stages}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    different = [(row, text) for row, text in zip(rows, expected, strict=False) if row["answer"] != text]
+    problem = ""
+    if different:
+        row, text = different[0]
+        problem = (
+            f"the saved model answers {len(different)} of {len(expected)} held-out questions otherwise than the trained one: "
+            f"{row['answer']!r}, where that says {text!r}"
+        )
+    elif arguments.train_images >= ENOUGH and exact < (1 + majority) / 2:  # a whole run gets nearly all of them right
+        problem = f"{exact:.0%} of the held-out answers are right, and the commonest would give {majority:.0%}"
+    if problem:
+        versions = f"minimind_v_hf {minimind_v_hf.__version__}, transformers {transformers.__version__}"
+        advice = "install a version of transformers that the README names as tested, and please report this"
+        parser.exit(1, f"\nFAILED: {problem} ({versions}): {advice}.\n")
     print(f"\nLook at {folder / 'answers.png'} and {folder / 'loss.png'}. Talk to the model:")
-    picture = data / "images" / "test-00000.jpg"
+    image = data / "images" / "test-00000.jpg"
     python = Path(os.path.relpath(sys.executable)).as_posix()
-    print(f'{python} examples/chat.py --model {model_folder} --image {picture} "How many shapes are there?"')
+    print(f'{python} examples/chat.py --model {model_folder} --image {image} "How many shapes are there?"')
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A small bilingual picture-question data set, drawn here: coloured shapes, and what a person may ask about them.
+"""A small bilingual image-question data set, drawn here: coloured shapes, and what a person may ask about them.
 
-Each picture has four places, some of them empty. The questions ask for colours, shapes, positions and counts, in English
-and in Chinese, and every one of them needs the picture. The files are in the MiniMind-V format: JSONL and JPEG.
+Each image has four places, some of them empty. The questions ask for colours, shapes, positions and counts, in English
+and in Chinese, and every one of them needs the image. The files are in the MiniMind-V format: JSONL and JPEG.
 """
 
 import itertools
@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 
 
 class Thing(NamedTuple):
-    """One shape in a picture."""
+    """One shape in an image."""
 
     shape: Pair
     colour: Pair
@@ -44,7 +44,7 @@ class Question(NamedTuple):
 
 
 def all_scenes() -> list[Scene]:
-    """Every way to fill the four places, but for the empty picture."""
+    """Every way to fill the four places, but for the empty image."""
     things = [None, *itertools.starmap(Thing, itertools.product(SHAPES, COLOURS))]
     return [scene for scene in itertools.product(things, repeat=len(PLACES)) if any(scene)]
 
@@ -93,7 +93,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def descriptions(scene: Scene, rng: random.Random) -> list[Question]:
-    """Two requests to tell all that is in a picture: what stands in each place, and where each thing stands, in any order.
+    """Two requests to tell all that is in an image: what stands in each place, and where each thing stands, in any order.
 
     A fixed order would be learned instead of the places: after "top left" would always come whatever is next.
     """
@@ -123,37 +123,37 @@ def ask(scene: Scene, turns: int, rng: random.Random) -> list[Question]:
     return asked
 
 
-def write_data_set(folder: Path, train_pictures: int, test_pictures: int, turns: int, seed: int = 0) -> None:
+def write_data_set(folder: Path, train_images: int, test_images: int, turns: int, seed: int = 0) -> None:
     """Write `train.jsonl`, `test.jsonl` and `images/` into a folder.
 
-    No scene is in both files, so no combination of picture contents and question is either. A training row is a
-    conversation of several turns about one picture; a test row is a single question, with its kind.
+    No scene is in both files, so no combination of image contents and question is either. A training row is a
+    conversation of several turns about one image; a test row is a single question, with its kind.
 
     Args:
         folder: created if need be.
-        train_pictures: pictures to train on, each with one conversation.
-        test_pictures: pictures to hold out, each with one question of each language.
+        train_images: images to train on, each with one conversation.
+        test_images: images to hold out, each with one question of each language.
         turns: questions in a training conversation.
         seed: of everything random.
     """
     rng = random.Random(seed)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    # Pictures with one, two, three and four shapes alike, though there are far more ways to place four
+    # Images with one, two, three and four shapes alike, though there are far more ways to place four
     held_out, seen = [], []
     for count in range(1, len(PLACES) + 1):
         scenes = [scene for scene in all_scenes() if sum(map(bool, scene)) == count]
         rng.shuffle(scenes)
-        quota = min(len(scenes) // 6, round(test_pictures * count / 10))
+        quota = min(len(scenes) // 6, round(test_images * count / 10))
         held_out += scenes[:quota]
         seen.append(scenes[quota:])
     rng.shuffle(held_out)
     with (
         open(folder / "train.jsonl", "w", encoding="utf-8") as train,
         open(folder / "test.jsonl", "w", encoding="utf-8") as test,
-        tqdm(total=train_pictures + len(held_out), desc="Drawing pictures", unit="picture") as progress,
+        tqdm(total=train_images + len(held_out), desc="Drawing images", unit="image") as progress,
     ):
-        for number in range(train_pictures):
+        for number in range(train_images):
             scene, name = rng.choice(rng.choice(seen)), f"train-{number:05d}.jpg"
             draw(scene, rng).save(images / name, quality=92)
             # Direct questions teach to look things up sooner than descriptions do, so most rows ask

@@ -2,12 +2,16 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import quickstart as quickstart_script
+import transformers
 
+import minimind_v_hf
 from minimind_v_hf import shapes
 from minimind_v_hf.shapes import PLACES, all_scenes, descriptions, draw, questions, write_data_set
 
@@ -23,7 +27,7 @@ def run(script: str, *arguments: object, **kwargs) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    done = run("quickstart.py", "--output", folder, "--train-pictures", 64, "--test-pictures", 8)
+    done = run("quickstart.py", "--output", folder, "--train-images", 64, "--test-images", 8)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -39,6 +43,36 @@ def test_quickstart_leaves_a_model_answers_and_pictures(quickstart):
     for name in ("answers.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "model" / "modeling_minimind_v.py").exists()
+
+
+def other_answers(*arguments, **options):
+    """The answers of another model."""
+    return ["nothing"] * len(arguments[2]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        (
+            "answer_questions",
+            other_answers,
+            r"answers 8 of 8 held-out questions otherwise than .* says 'nothing'",
+        ),
+        ("ENOUGH", 10, r"\d+% of the held-out answers are right, and the commonest would give \d+%"),
+    ],
+)
+def test_the_first_run_fails_when_the_saved_model_does_not_answer_as_in_training(
+    monkeypatch, capsys, tmp_path, name, value, problem
+):
+    monkeypatch.setattr(quickstart_script, name, value)
+    options = ["--output", str(tmp_path), "--train-images", "16", "--test-images", "4"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *options])
+    with pytest.raises(SystemExit) as end:
+        quickstart_script.main()
+    assert end.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(f"FAILED: .*{problem}", last)
+    assert f"minimind_v_hf {minimind_v_hf.__version__}, transformers {transformers.__version__}" in last
 
 
 def test_chat_answers_about_a_picture(quickstart):
@@ -71,7 +105,7 @@ def test_help(script, launcher):
 def test_no_scene_is_in_both_files(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(shapes, "draw", lambda scene, rng: drawn.append(scene) or draw(scene, rng))
-    write_data_set(tmp_path, train_pictures=3000, test_pictures=40, turns=2)
+    write_data_set(tmp_path, train_images=3000, test_images=40, turns=2)
     rows = {}
     for name in ("train", "test"):
         rows[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
