@@ -18,26 +18,28 @@ import torch
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache, GenerationConfig
-from transformers.exporters import OnnxConfig
-from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.utils import logging as transformers_logging
 
-from minimind_v_hf.arguments_minimind_v import CACHE
 from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.modeling_minimind_v import CACHE
 
 
 try:
     import onnx_ir
     import onnxruntime
     import onnxscript  # noqa: F401 - without it, the exporter fails later and obscurely
-except ImportError as error:
-    raise SystemExit(f'Exporting needs {error.name}: pip install -e ".[onnx]"') from None
+    from transformers.exporters import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+except ImportError as error:  # main() says so; --help works without it
+    MISSING: str | None = error.name
+else:
+    MISSING = None
 
 NEW_TOKENS = 16
 
 
 def generate(
-    sessions: dict[str, onnxruntime.InferenceSession],
+    sessions: "dict[str, onnxruntime.InferenceSession]",
     input_ids: np.ndarray,
     pixel_values: np.ndarray | None,
     image_token_id: int,
@@ -153,6 +155,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     arguments = parser.parse_args()
+    if MISSING:
+        parser.exit(2, f'export_onnx.py: error: exporting needs {MISSING}: pip install -e ".[onnx]"\n')
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what other models would lack
     with errors_in_one_line(parser):

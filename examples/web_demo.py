@@ -1,4 +1,4 @@
-"""Talk with saved models about pictures, in a browser, in English or Chinese as the browser is.
+"""Talk with saved models about images, in a browser, in English or Chinese as the browser is.
 
     python examples/web_demo.py --model runs/quickstart/model
 
@@ -24,13 +24,13 @@ from minimind_v_hf.shapes import all_scenes, draw
 
 try:
     import gradio as gr
-except ImportError:
-    raise SystemExit('The web page needs gradio: pip install -e ".[demo]"') from None
+except ImportError:  # main() says so; --help works without it
+    gr = None
 
-TEXTS = gr.I18n(
-    en={
-        "intro": "A tiny model that looks at pictures. Show it one, and ask.",
-        "ask": "Ask something; add pictures or a video",
+TEXTS = {
+    "en": {
+        "intro": "A tiny model that answers about images. Show it one, and ask.",
+        "ask": "Ask; add images or a video",
         "model": "Model",
         "new": "New conversation",
         "options": "Sampling",
@@ -40,8 +40,10 @@ TEXTS = gr.I18n(
         "penalty": "Repetition penalty",
         "length": "Longest answer, in tokens",
         "examples": "Examples",
+        "unreadable": "This file cannot be read: {name} ({reason})",
+        "failed": "No answer: {reason}",
     },
-    zh={
+    "zh": {
         "intro": "一个能看图的小模型。给它一张图片，然后提问。",
         "ask": "请提问；可添加图片或视频",
         "model": "模型",
@@ -53,8 +55,10 @@ TEXTS = gr.I18n(
         "penalty": "重复惩罚",
         "length": "回答的最大长度（token 数）",
         "examples": "示例",
+        "unreadable": "无法读取这个文件：{name}",
+        "failed": "无法回答：问题太长，或对话已超出模型的长度。请缩短问题、减少图片，或开始新对话。",
     },
-)
+}
 
 CSS = """
 .gradio-container { max-width: 900px !important; margin: auto !important; }
@@ -92,12 +96,26 @@ def take(message: dict[str, Any], talk: Talk | None) -> tuple:
     return talk, gr.update(value=None, submit_btn=False, stop_btn=True)
 
 
+def notice(request: "gr.Request | None", text: str, **values: str) -> None:
+    """Show a notice in the language of the visitor's browser."""
+    languages = request.headers.get("accept-language", "") if request is not None else ""
+    gr.Warning(TEXTS["zh" if languages.lower().startswith("zh") else "en"][text].format(**values))
+
+
 def respond(
-    talk: Talk, history: list[dict], model: str, temperature: float, top_p: float, top_k: int, penalty: float, length: int
+    talk: Talk,
+    history: list[dict],
+    model: str,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    penalty: float,
+    length: int,
+    request: "gr.Request | None" = None,
 ) -> Iterator[tuple]:
     """Answer the question that waits, piece by piece. Yields the history, the text box and the status.
 
-    What cannot be read is said in a notice, and the question goes back into the box.
+    A notice tells what went wrong, and the question goes back into the box, without the file that cannot be read.
     """
     message, talk.message = talk.message, None
     if message is None:
@@ -108,26 +126,39 @@ def respond(
     except (ValueError, OSError, ImportError) as error:
         if talk.conversation is not None:
             talk.conversation.detach()
-        gr.Warning(str(error))
+        file, reason = getattr(error, "file", None), str(error)
+        if file is None:
+            notice(request, "failed", reason=reason)
+        else:
+            # The path is this machine's and says nothing to the visitor
+            reason = reason.removeprefix(f"Cannot read the {media_kind(file) or 'image'} ({file}): ")
+            notice(request, "unreadable", name=Path(file).name, reason=reason.rstrip("."))
+            message = {**message, "files": [other for other in message["files"] if other != file]}
         yield history, gr.update(value=message, submit_btn=True, stop_btn=False), ""
     finally:
         talk.busy = False
 
 
 def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length) -> Iterator[tuple]:
-    question, files = message["text"].strip(), message.get("files") or []
+    # Half a surrogate pair is no text, and could not be sent back to the browser
+    question, files = message["text"].encode(errors="replace").decode().strip(), message.get("files") or []
     if talk.conversation is None or talk.model != model:
         talk.model, talk.conversation = model, Conversation(*load_once(model))
     conversation = talk.conversation
     for file in files:
-        conversation.attach(**{media_kind(file) or "image": file})
+        try:
+            conversation.attach(**{media_kind(file) or "image": file})
+        except (ValueError, ImportError) as error:
+            error.file = file  # type: ignore[union-attr]
+            raise
     shown = [{"role": "user", "content": {"path": file}} for file in files]
     history = [*history, *shown, {"role": "user", "content": question}]
     yield history, gr.update(), ""
 
-    options: dict[str, Any] = {"max_new_tokens": int(length), "repetition_penalty": penalty}
+    options: dict[str, Any] = {"max_new_tokens": int(length), "repetition_penalty": float(penalty)}  # sliders send integers
+
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": int(top_k)}
+        options |= {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
     streamer = TextIteratorStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outcome: list[Any] = []
 
@@ -168,7 +199,7 @@ def load_once(folder: str):
 
 
 def draw_examples(folder: Path) -> list[list[dict[str, Any]]]:
-    """Questions about pictures of coloured shapes, which are drawn into a folder."""
+    """Questions about images of coloured shapes, which are drawn into a folder."""
     rng = random.Random(5)
     scenes = [scene for scene in rng.sample(all_scenes(), 50) if sum(thing is not None for thing in scene) == 3]
     asked = ["How many shapes are there?", "左上的图形是什么颜色？", "Which shape is at the bottom right?"]
@@ -180,17 +211,17 @@ def draw_examples(folder: Path) -> list[list[dict[str, Any]]]:
     return examples
 
 
-def build(models: list[str], examples: list[list[dict[str, Any]]]) -> gr.Blocks:
+def build(models: list[str], examples: list[list[dict[str, Any]]], texts: "gr.I18n") -> "gr.Blocks":
     """The page."""
     with gr.Blocks(title="MiniMind-V", analytics_enabled=False, fill_width=True) as page:
         talk = gr.State(None)
         gr.Markdown("# MiniMind-V", elem_id="title")
-        gr.Markdown(TEXTS("intro"), elem_id="intro")
-        model = gr.Dropdown(models, value=models[0], label=TEXTS("model"), visible=len(models) > 1, elem_id="model")
+        gr.Markdown(texts("intro"), elem_id="intro")
+        model = gr.Dropdown(models, value=models[0], label=texts("model"), visible=len(models) > 1, elem_id="model")
         chatbot = gr.Chatbot(show_label=False, elem_id="chat", buttons=["copy"], feedback_options=None, allow_tags=False)
         box = gr.MultimodalTextbox(
             show_label=False,
-            placeholder=TEXTS("ask"),
+            placeholder=texts("ask"),
             file_types=["image", "video"],
             file_count="multiple",
             sources=["upload"],
@@ -200,14 +231,14 @@ def build(models: list[str], examples: list[list[dict[str, Any]]]) -> gr.Blocks:
         )
         with gr.Row(elem_id="below"):
             status = gr.Markdown("", elem_id="status")
-            new = gr.Button(TEXTS("new"), size="sm", elem_id="new", scale=0, min_width=140)
-        gr.Examples(examples, box, label=TEXTS("examples"))
-        with gr.Accordion(TEXTS("options"), open=False, elem_id="options"):
-            temperature = gr.Slider(0, 2, 0, step=0.05, label=TEXTS("temperature"))
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label=TEXTS("top_p"))
-            top_k = gr.Slider(0, 200, 0, step=1, label=TEXTS("top_k"))
-            penalty = gr.Slider(1, 2, 1, step=0.05, label=TEXTS("penalty"))
-            length = gr.Slider(1, 2048, 256, step=1, label=TEXTS("length"))
+            new = gr.Button(texts("new"), size="sm", elem_id="new", scale=0, min_width=140)
+        gr.Examples(examples, box, label=texts("examples"))
+        with gr.Accordion(texts("options"), open=False, elem_id="options"):
+            temperature = gr.Slider(0, 2, 0, step=0.05, label=texts("temperature"))
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label=texts("top_p"))
+            top_k = gr.Slider(0, 200, 0, step=1, label=texts("top_k"))
+            penalty = gr.Slider(1, 2, 1, step=0.05, label=texts("penalty"))
+            length = gr.Slider(1, 2048, 256, step=1, label=texts("length"))
         asked = box.submit(take, [box, talk], [talk, box], queue=False, api_visibility="private")
         answered = asked.then(
             respond,
@@ -229,15 +260,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
     arguments = parser.parse_args()
+    if gr is None:
+        parser.exit(2, 'web_demo.py: error: the web page needs gradio: pip install -e ".[demo]"\n')
     with errors_in_one_line(parser):  # a wrong folder shows now, and no visitor waits
         for folder in arguments.model:
             load_once(folder)
+    texts = gr.I18n(**TEXTS)
     with tempfile.TemporaryDirectory() as examples:
-        build(arguments.model, draw_examples(Path(examples))).launch(
+        build(arguments.model, draw_examples(Path(examples)), texts).launch(
             server_name=arguments.host,
             server_port=arguments.port,
             allowed_paths=[examples],
-            i18n=TEXTS,
+            i18n=texts,
             css=CSS,
             theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from attention_map import attention_maps, main, pictures_as_seen
+from attention_map import attention_maps, images_as_encoded, main
 from conftest import IMAGE_SIZE, PATCH_SIZE, make_image, make_model, make_processor
 from PIL import Image
 
@@ -64,14 +64,14 @@ def test_refusals():
     processor, model = make_processor(), make_model(attn_implementation="eager")
     with pytest.raises(ValueError, match="layer=2: this model has the layers 0 to 1"):
         attention_maps(model, processor, ask(processor, make_image()), layer=2)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         attention_maps(model, processor, processor(text="Hm", return_tensors="pt"))
 
 
-def test_pictures_are_shown_as_the_model_sees_them():
+def test_images_are_drawn_as_the_encoder_gets_them():
     processor = make_processor()
-    (picture,) = pictures_as_seen(processor, ask(processor, make_image("orange"))["pixel_values"])
-    np.testing.assert_allclose(picture, np.broadcast_to([1, 165 / 255, 0], (IMAGE_SIZE, IMAGE_SIZE, 3)), atol=1e-5)
+    (image,) = images_as_encoded(processor, ask(processor, make_image("orange"))["pixel_values"])
+    np.testing.assert_allclose(image, np.broadcast_to([1, 165 / 255, 0], (IMAGE_SIZE, IMAGE_SIZE, 3)), atol=1e-5)
 
 
 def test_the_drawing(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -39,10 +40,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def steps(folder, text, files=(), talk=None, history=(), model="talker"):
+def steps(folder, text, files=(), talk=None, history=(), model="talker", request=None, **sampling):
     message = {"text": text, "files": [str(folder / name) for name in files]}
     talk, _ = web_demo.take(message, talk)
-    return talk, list(web_demo.respond(talk, list(history), str(folder / model), **SAMPLING))
+    return talk, list(web_demo.respond(talk, list(history), str(folder / model), **SAMPLING | sampling, request=request))
 
 
 def test_answers_stream_and_the_conversation_goes_on(folder):
@@ -61,13 +62,29 @@ def test_answers_stream_and_the_conversation_goes_on(folder):
 
 
 def test_what_cannot_be_read_is_said_and_the_question_goes_back(folder):
-    with pytest.warns(UserWarning, match="not an image in a known format"):
+    with pytest.warns(UserWarning, match=r"^This file cannot be read: broken.png \(the file is not an image in a known format"):
         talk, updates = steps(folder, "What?", ["red.png", "broken.png"])
     history, box, _ = updates[-1]
     assert history == []
-    assert box["value"]["text"] == "What?"
+    assert box["value"] == {"text": "What?", "files": [str(folder / "red.png")]}  # the broken one does not stay
     talk, updates = steps(folder, "Hello", talk=talk)
     assert len(updates[-1][0]) == 2  # and no picture is left over
+
+
+def test_notices_are_in_the_language_of_the_browser(folder):
+    request = types.SimpleNamespace(headers={"accept-language": "zh-CN,zh;q=0.9"})
+    with pytest.warns(UserWarning, match="^无法读取这个文件：broken.png$"):
+        steps(folder, "What?", ["broken.png"], request=request)
+    with pytest.warns(UserWarning, match="^无法回答：问题太长"):
+        steps(folder, "long " * 100_000, request=request)
+    with pytest.warns(UserWarning, match="^No answer: The conversation has grown to .* shorten the question, or start"):
+        steps(folder, "long " * 100_000)
+
+
+def test_sliders_send_integers_and_questions_may_hold_half_a_character(folder):
+    _, updates = steps(folder, "What \ud800?", ["red.png"], temperature=2, penalty=2, top_p=1)
+    assert re.fullmatch(r"\d+ tokens · \d+ tokens/s", updates[-1][2])
+    assert updates[-1][0][1]["content"] == "What ??"
 
 
 def test_while_it_answers_the_box_keeps_what_is_typed(folder):
