@@ -91,7 +91,8 @@ def take(message: dict[str, Any], talk: Talk | None) -> tuple:
     talk = talk or Talk()
     if talk.busy or not (message.get("text") or "").strip():
         return talk, gr.update()
-    talk.message, talk.busy = message, True
+    # Half a surrogate pair is no text, and could not be sent back to the browser
+    talk.message, talk.busy = {**message, "text": message["text"].encode(errors="replace").decode()}, True
     talk.stop.clear()
     return talk, gr.update(value=None, submit_btn=False, stop_btn=True)
 
@@ -140,8 +141,7 @@ def respond(
 
 
 def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length) -> Iterator[tuple]:
-    # Half a surrogate pair is no text, and could not be sent back to the browser
-    question, files = message["text"].encode(errors="replace").decode().strip(), message.get("files") or []
+    question, files = message["text"].strip(), message.get("files") or []
     if talk.conversation is None or talk.model != model:
         talk.model, talk.conversation = model, Conversation(*load_once(model))
     conversation = talk.conversation

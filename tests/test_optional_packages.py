@@ -36,6 +36,7 @@ def test_help_without_the_optional_packages(script):
 @pytest.mark.parametrize(
     ("script", "options", "extra"),
     [
+        ("quickstart.py", [], "train"),
         ("web_demo.py", ["--model", "m"], "demo"),
         ("attention_map.py", ["--model", "m", "--image", "a.png", "?"], "train"),
     ],

@@ -85,6 +85,9 @@ def test_sliders_send_integers_and_questions_may_hold_half_a_character(folder):
     _, updates = steps(folder, "What \ud800?", ["red.png"], temperature=2, penalty=2, top_p=1)
     assert re.fullmatch(r"\d+ tokens · \d+ tokens/s", updates[-1][2])
     assert updates[-1][0][1]["content"] == "What ??"
+    with pytest.warns(UserWarning, match="broken.png"):
+        _, updates = steps(folder, "What \ud800?", ["broken.png"])
+    assert updates[-1][1]["value"]["text"] == "What ??"  # what goes back into the box too
 
 
 def test_while_it_answers_the_box_keeps_what_is_typed(folder):
