@@ -64,7 +64,9 @@ class RunArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as it is used; needs --max_steps."})
     strict: bool = field(default=False, metadata={"help": "Stop at rows that would be repaired or dropped."})
-    max_dropped: float = field(default=0.01, metadata={"help": "Share of rows that may be dropped before the run is refused."})
+    max_dropped: float = field(
+        default=0.01, metadata={"help": "Share of rows that may be dropped, or lose an <image>, before the run is refused."}
+    )
     random_system: float = field(
         default=0.0, metadata={"help": "Probability of a random system message where there is none (minimind-3v: 0.2)."}
     )
