@@ -1,9 +1,9 @@
-"""Talk with a saved model about pictures, in a terminal.
+"""Talk with a saved model about images, in a terminal.
 
     python examples/chat.py --model runs/quickstart/model
     python examples/chat.py --model runs/quickstart/model --image photo.jpg "What colour is the shape at the top left?"
 
-With a question it answers that and ends; without one it goes on talking. A picture may be a path or a URL, and a file that is
+With a question it answers that and ends; without one it goes on talking. An image may be a path or a URL, and a file that is
 dragged into the terminal is understood as well. Ctrl-C stops an answer, Ctrl-D leaves.
 
 A model of another kind than MiniMind-V brings its own code, which is run: talk with models that you trust.
@@ -26,7 +26,7 @@ from minimind_v_hf.chat import PRECISIONS, Answer, Conversation, errors_in_one_l
 
 
 HELP = """\
-/image PATH or URL   show a picture; several may be given. A path inside a question, or dragged here, does the same
+/image PATH or URL   show an image; several may be given. A path inside a question, or dragged here, does the same
 /video PATH or URL   show a video: one frame a second, at most 64
 /reset               forget what was said and shown
 /help                this
@@ -58,7 +58,7 @@ def as_source(word: str) -> str:
 
 
 def split_line(line: str) -> tuple[str, list[tuple[str, str]]]:
-    """A line as typed, to the question and its (kind, path or URL) of pictures and videos, in order."""
+    """A line as typed, to the question and its (kind, path or URL) of images and videos, in order."""
     media, text, end = [], "", 0
     for match in WORD.finditer(line):
         source = as_source(match.group())
@@ -71,13 +71,13 @@ def split_line(line: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def attach(conversation: Conversation, kind: str, source: str) -> bool:
-    """Show the model a picture or a video; False, with the reason on the screen, when it cannot be read."""
+    """Show the model an image or a video; False, with the reason on the screen, when it cannot be read."""
     try:
         count = conversation.attach(**{kind: source})
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return False
-    print(f"[{Path(source).name}: {f'{count} frames' if kind == 'video' else 'a picture'}]", file=sys.stderr)
+    print(f"[{Path(source).name}: {f'{count} frames' if kind == 'video' else 'an image'}]", file=sys.stderr)
     return True
 
 
@@ -104,7 +104,7 @@ def talk(conversation: Conversation, **options) -> None:
     """Read questions and commands until the end of the input."""
     with contextlib.suppress(ImportError):  # not everywhere; it makes the line editable
         import readline  # noqa: F401
-    print("Ask something, or show a picture: /help tells how.", file=sys.stderr)
+    print("Ask something, or show an image: /help tells how.", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -117,13 +117,13 @@ def talk(conversation: Conversation, **options) -> None:
             return
         try:
             obey(line, conversation, **options)
-        except KeyboardInterrupt:  # while a picture or a video was read
+        except KeyboardInterrupt:  # while an image or a video was read
             conversation.detach()
-            print("\n[stopped: no picture waits for a question]", file=sys.stderr)
+            print("\n[stopped: no image waits for a question]", file=sys.stderr)
 
 
 def obey(line: str, conversation: Conversation, **options) -> None:
-    """Follow a command, or put a question with the pictures that it names."""
+    """Follow a command, or put a question with the images that it names."""
     command, _, rest = line.partition(" ")
     if command == "/help":
         print(HELP, file=sys.stderr)
@@ -142,7 +142,7 @@ def obey(line: str, conversation: Conversation, **options) -> None:
             print(f"There is no {command}: /help lists what there is.", file=sys.stderr)
         elif not all(attach(conversation, kind, source) for kind, source in media):
             conversation.detach()
-            print("So the question was not put, and no picture waits for one.", file=sys.stderr)
+            print("So the question was not put, and no image waits for one.", file=sys.stderr)
         elif question:
             answer(conversation, question, **options)
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="what to ask; without it the talk goes on until Ctrl-D")
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
-    parser.add_argument("--image", action="append", default=[], help="path or URL of a picture; may be given several times")
+    parser.add_argument("--image", action="append", default=[], help="path or URL of an image; may be given several times")
     parser.add_argument("--video", action="append", default=[], help="path or URL of a video: one frame a second, at most 64")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")

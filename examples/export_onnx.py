@@ -2,8 +2,8 @@
 
     python examples/export_onnx.py --model runs/quickstart/model --output runs/quickstart/onnx
 
-Three graphs in float32: `vision_encoder` (pictures to vectors in the decoder's space), `embed_tokens` (token ids to such
-vectors) and `decoder` (vectors and a cache to logits and a longer cache), for any number of sequences, tokens and pictures.
+Three graphs in float32: `vision_encoder` (images to vectors in the decoder's space), `embed_tokens` (token ids to such
+vectors) and `decoder` (vectors and a cache to logits and a longer cache), for any number of sequences, tokens and images.
 `generate` below is all it takes to run them, and needs neither torch nor transformers. Exporting needs
 `pip install -e ".[onnx]"`, and takes a minute or more.
 """
@@ -50,17 +50,17 @@ def generate(
 
     Args:
         sessions: `vision_encoder`, `embed_tokens` and `decoder`.
-        input_ids: int64 (1, tokens), with the image tokens of every picture.
-        pixel_values: float32 (pictures, 3, height, width), or None.
-        image_token_id: stands where a picture's vectors go.
+        input_ids: int64 (1, tokens), with the image tokens of every image.
+        pixel_values: float32 (images, 3, height, width), or None.
+        image_token_id: stands where an image's vectors go.
         max_new_tokens: longest answer.
         eos_token_id: ends the answer, as its last token.
     """
     decoder = sessions["decoder"]
     (embeddings,) = sessions["embed_tokens"].run(None, {"input": input_ids})  # (1, tokens, width)
     if pixel_values is not None:
-        (pictures,) = sessions["vision_encoder"].run(None, {"pixel_values": pixel_values})
-        embeddings[input_ids == image_token_id] = pictures.reshape(-1, pictures.shape[-1])
+        (images,) = sessions["vision_encoder"].run(None, {"pixel_values": pixel_values})
+        embeddings[input_ids == image_token_id] = images.reshape(-1, images.shape[-1])
     # Keys and values of each layer, (1, heads, tokens so far, width of a head), and no tokens yet
     cache = {
         each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
@@ -122,7 +122,7 @@ def export(model, folder: Path) -> None:
 
 
 def verify(model, processor, folder: Path) -> int:
-    """Compare greedy tokens with transformers, for prompts with no, one and two pictures.
+    """Compare greedy tokens with transformers, for prompts with no, one and two images.
 
     Returns:
         How many tokens were compared.
@@ -137,16 +137,16 @@ def verify(model, processor, folder: Path) -> int:
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     size = model.config.vision_config.image_size
     for count in range(3):
-        pictures = [np.random.default_rng(n).integers(0, 256, (size, size, 3), dtype=np.uint8) for n in range(count)]
+        images = [np.random.default_rng(n).integers(0, 256, (size, size, 3), dtype=np.uint8) for n in range(count)]
         prompt = [{"role": "user", "content": "<image>" * count + "\nWhat is this?"}]
         text = processor.apply_chat_template(prompt, add_generation_prompt=True)
-        inputs = processor(text=text, images=pictures or None, return_tensors="pt")
+        inputs = processor(text=text, images=images or None, return_tensors="pt")
         ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
         expected = model.generate(**inputs)[0, ids.shape[1] :].tolist()
         pixels = None if pixels is None else pixels.numpy()
         answer = generate(sessions, ids.numpy(), pixels, processor.image_token_id, NEW_TOKENS)
         if answer != expected:
-            raise ValueError(f"with {count} pictures ONNX Runtime gives the tokens {answer}, and transformers {expected}")
+            raise ValueError(f"with {count} images ONNX Runtime gives the tokens {answer}, and transformers {expected}")
     return 3 * NEW_TOKENS
 
 

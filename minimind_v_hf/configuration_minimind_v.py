@@ -262,7 +262,7 @@ class MiniMindVConfig(PreTrainedConfig):
         vision_config: config, or dict with `model_type`, of the encoder: `clip_vision_model` by default, or any that
             `AutoModel` builds. Of a whole CLIP or SigLIP config the vision half is taken.
         image_token_id: id of the image token. 190 is the byte 0xFF of the MiniMind2 vocabulary, which no text can produce.
-        image_seq_length: image tokens per picture. Derived from the encoder; a value that does not fit it is refused.
+        image_seq_length: image tokens per image. Derived from the encoder; a value that does not fit it is refused.
         patches_per_token: consecutive patch vectors that are concatenated into one image token, before the projector.
         projector_num_layers: 1 (MiniMind2-V) or 2 linear layers, with `projector_hidden_act` in between (minimind-3v).
         projector_layer_norm: normalise the patch vectors before the first layer (minimind-3v).

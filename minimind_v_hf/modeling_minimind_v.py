@@ -120,7 +120,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         config.vision_config._experts_implementation = None  # the choice among kernels is for the decoder's experts
         self.vision_tower = AutoModel.from_config(config.vision_config)
         if hasattr(self.vision_tower, "use_head"):
-            self.vision_tower.use_head = False  # SigLIP's summary of a whole picture: not needed here, and vLLM cannot run it
+            self.vision_tower.use_head = False  # SigLIP's summary of a whole image: not needed here, and vLLM cannot run it
         self.multi_modal_projector = MiniMindVProjector(config)
         self.language_model = (
             MiniMindModel(config.text_config) if is_minimind(config.text_config) else AutoModel.from_config(config.text_config)

@@ -139,7 +139,7 @@ def write_data_set(folder: Path, train_images: int, test_images: int, turns: int
     rng = random.Random(seed)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    # Images with one, two, three and four shapes alike, though there are far more ways to place four
+    # Images with one, two, three and four shapes alike, though there are far more arrangements of four
     held_out, seen = [], []
     for count in range(1, len(PLACES) + 1):
         scenes = [scene for scene in all_scenes() if sum(map(bool, scene)) == count]

@@ -252,7 +252,7 @@ def test_a_talk_in_a_terminal(folder):
     out, log = process.communicate("\n".join([*lines, "/reset", "Hello", "/quit", "never read"]), timeout=300)
     assert process.returncode == 0, log
     assert out
-    assert log.count("[red one.png: a picture]") == 2
+    assert log.count("[red one.png: an image]") == 2
     assert log.count("[5 tokens, the first after") == 3
     assert log.count("tokens/s]") == 3
     for words in ("/video PATH", "there is no such file", "There is no /nothing", "[a new conversation]"):
@@ -289,7 +289,7 @@ def test_ctrl_c_stops_a_download_and_not_the_program(folder):
         process.stdin.buffer.write(b"Is \xff\xfe text?\n")
         _, log = process.communicate(timeout=300)
     assert process.returncode == 0, log
-    assert "[stopped: no picture waits for a question]" in log
+    assert "[stopped: no image waits for a question]" in log
     assert "[3 tokens, the first after" in log  # and it goes on, also with what is no text
 
 
