@@ -56,8 +56,9 @@ def refuse_unknown_arguments(model: PreTrainedModel, kwargs: dict) -> None:
     unknown = [name for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS and value is not None]
     if unknown:
         attention = ALL_ATTENTION_FUNCTIONS.get(model.config.get_text_config()._attn_implementation)
-        taken = inspect.signature(attention).parameters if attention is not None else {}
-        unknown = [name for name in unknown if name not in taken]
+        parameters = inspect.signature(attention).parameters if attention is not None else {}
+        optional = {name for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+        unknown = [name for name in unknown if name not in optional - {"dropout", "scaling"}]
     if unknown:
         raise TypeError(
             f"{type(model).__name__}.forward got an unknown argument: {', '.join(map(repr, unknown))}. The model's code is "

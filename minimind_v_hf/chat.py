@@ -78,16 +78,36 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
             )
     except Exception as error:  # a damaged file may raise anything in the libraries that read it
         raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
-    shapes = [f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in loading["mismatched_keys"]]
-    problems = {"no weights for": sorted(loading["missing_keys"]), "weights of other shapes than its config says:": shapes}
+    refuse_other_weights(folder, model, loading)
+    model = model.to(device).eval()
+    return (quantize_int8(model) if precision == "int8" else model), processor
+
+
+def refuse_other_weights(source: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse a model whose weights are not those that its config asks for.
+
+    Args:
+        source: the folder or Hub id, for the message.
+        model: as loaded.
+        loading: what `from_pretrained(output_loading_info=True)` gave with it.
+
+    Raises:
+        ValueError: weights are missing, left over, of another shape, NaN or infinite.
+    """
+    problems = {
+        "no weights for": sorted(loading["missing_keys"]),
+        "weights of other shapes than its config says:": [
+            f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in loading["mismatched_keys"]
+        ],
+        "weights that its config has no use for:": sorted(loading["unexpected_keys"]),
+        "NaN or infinite values in": [
+            name for name, weight in model.named_parameters() if weight.is_floating_point() and not weight.isfinite().all()
+        ],
+    }
     for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"Cannot load the model {folder!r}: it has {problem} {', '.join(names[:3])}{more}. Save it again.")
-    if loading["unexpected_keys"]:
-        logger.warning(f"{folder}: not used are the weights {', '.join(sorted(loading['unexpected_keys']))}")
-    model = model.to(device).eval()
-    return (quantize_int8(model) if precision == "int8" else model), processor
+            raise ValueError(f"Cannot load the model {source!r}: it has {problem} {', '.join(names[:3])}{more}. Save it again.")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def _is_count(value: Any, minimum: int = 1) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _MAX_LAYERS = 1024
@@ -44,7 +44,7 @@ def _require_booleans(config: PreTrainedConfig, *fields: str) -> None:
 
 
 def _require_activation(field: str, value: Any) -> None:
-    _require(value in ACT2FN, field, value, f"expected one of {', '.join(sorted(ACT2FN))}")
+    _require(isinstance(value, str) and value in ACT2FN, field, value, f"expected one of {', '.join(sorted(ACT2FN))}")
 
 
 class MiniMindVTextConfig(PreTrainedConfig):
@@ -311,6 +311,12 @@ class MiniMindVConfig(PreTrainedConfig):
         _require_booleans(self, "projector_layer_norm", "multimodal_projector_bias", "tie_word_embeddings")
         if hasattr(self.vision_config, "num_hidden_layers"):
             _require_layers("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers)
+        for field in ("num_attention_heads", "hidden_size", "intermediate_size", "num_channels"):
+            if hasattr(self.vision_config, field):
+                size = getattr(self.vision_config, field)
+                _require(_is_count(size), f"vision_config.{field}", size, "expected a positive integer")
+        if isinstance(getattr(self.vision_config, "hidden_act", None), str):
+            _require_activation("vision_config.hidden_act", self.vision_config.hidden_act)
         expected = self._image_seq_length_of_encoder()
         if self.image_seq_length is None:
             self.image_seq_length = expected
@@ -328,7 +334,8 @@ class MiniMindVConfig(PreTrainedConfig):
             self.image_token_id,
             f"expected an id inside the vocabulary, from 0 to {self.text_config.vocab_size - 1}",
         )
-        _require(self.projector_num_layers in (1, 2), "projector_num_layers", self.projector_num_layers, "expected 1 or 2")
+        layers = self.projector_num_layers
+        _require(_is_count(layers) and layers <= 2, "projector_num_layers", layers, "expected 1 or 2")
         _require_activation("projector_hidden_act", self.projector_hidden_act)
 
     def _image_seq_length_of_encoder(self) -> int:

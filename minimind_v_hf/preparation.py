@@ -30,14 +30,16 @@ _CHAT_TEMPLATE = """\
     {%- else -%}
         {#- vLLM takes a template for one of lists when it finds a loop over just this name. -#}
         {%- for item in content -%}
+            {%- set sources = [item.image, item.path, item.url, item.base64] | select("defined") | reject("none") | list -%}
             {%- if item.type == "image" -%}
-                {%- set sources = [item.image, item.path, item.url, item.base64] | select("defined") | reject("none") | list -%}
                 {%- if sources | length > 1 -%}
                     {{- raise_exception("An image has several sources: expected 'image', 'path', 'url' or 'base64'.") -}}
                 {%- endif -%}
                 {{- image_token -}}
             {%- elif item.type == "video" -%}
                 {{- "<video>" -}}
+            {%- elif item.type == "text" and sources -%}
+                {{- raise_exception("A content of type 'text' names an image: expected an item of type 'image' for it.") -}}
             {%- elif item.type == "text" and item.text is string -%}
                 {{- plain(item.text) -}}
             {%- elif item.type == "text" -%}

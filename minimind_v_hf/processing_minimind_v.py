@@ -13,9 +13,11 @@ This file is copied into every saved model folder, so it depends on torch and tr
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ from .video_reading_minimind_v import MAX_NUM_FRAMES, is_video, load_video
 
 
 logger = logging.get_logger(__name__)
+
+MAX_IMAGE_SIDE = 8192
+"""Pixels: more than any encoder takes."""
 
 MAX_IMAGE_SEQ_LENGTH = 65_536
 """More tokens than any encoder of square images makes: a number in a damaged file must not exhaust the memory."""
@@ -76,6 +81,21 @@ def _check_conversation(messages: Any) -> None:
                     f"Message {number} (counted from 0): expected one source of each {item['type']}, got several sources, "
                     f"{' and '.join(sources)}."
                 )
+
+
+def _check_image_processor(image_processor: Any) -> None:
+    """Refuse the settings of a damaged file that would exhaust the memory, or make all images alike. Raises ValueError."""
+    for name in ("size", "crop_size"):
+        size = getattr(image_processor, name, None) or {}
+        sides = size.values() if isinstance(size, dict) else vars(size).values()
+        if any(isinstance(side, int) and not 0 < side <= MAX_IMAGE_SIDE for side in sides):
+            raise ValueError(f"image_processor.{name}={size}: expected sides from 1 to {MAX_IMAGE_SIDE} pixels.")
+    factor = getattr(image_processor, "rescale_factor", None)
+    std = getattr(image_processor, "image_std", None)
+    for name, values in (("rescale_factor", factor), ("image_std", std)):
+        values = [] if values is None else values if isinstance(values, (list, tuple)) else [values]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"image_processor.{name}={getattr(image_processor, name)}: expected positive numbers.")
 
 
 class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -120,6 +140,7 @@ class MiniMindVProcessor(ProcessorMixin):
         if type(image_seq_length) is not int or not 1 <= image_seq_length <= MAX_IMAGE_SEQ_LENGTH:
             raise ValueError(f"image_seq_length={image_seq_length!r}: expected an integer from 1 to {MAX_IMAGE_SEQ_LENGTH}.")
         self.image_seq_length = image_seq_length
+        _check_image_processor(image_processor)
         image_token = getattr(tokenizer, "image_token", None)
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         if image_token is None or normalizer is None or normalizer.normalize_str(CONTROL_MARK):
@@ -272,7 +293,7 @@ class MiniMindVProcessor(ProcessorMixin):
         if options.get("fps") is not None:
             raise ValueError("fps: one frame of each second is taken; choose how many at most by num_frames.")
         num_frames = options.get("num_frames")
-        if num_frames is not None and (type(num_frames) is not int or num_frames < 1):
+        if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1):
             raise ValueError(f"num_frames={num_frames!r}: expected a positive integer.")
         if is_video(videos) or not isinstance(videos, (list, tuple)):
             videos = [videos]
@@ -281,7 +302,7 @@ class MiniMindVProcessor(ProcessorMixin):
         loaded = []
         for sample, index, source in samples:
             try:
-                loaded.append(load_video(source, num_frames or MAX_NUM_FRAMES))
+                loaded.append(load_video(source, int(num_frames) if num_frames else MAX_NUM_FRAMES))
             except ValueError as error:
                 raise _unreadable("video", sample, index, source, error, len(samples) == 1) from error
         return loaded

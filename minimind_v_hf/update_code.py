@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = f"[{number}/{len(arguments.folders)}] " if len(arguments.folders) > 1 else ""
         try:
             changes = update_code(folder)
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except (ValueError, OSError, RecursionError, ArithmeticError, TypeError) as error:  # what a damaged config.json raises
+            print(f"error: {folder}: {' '.join(str(error).split())}", file=sys.stderr)
             code = 2
         else:
             print(f"{count}{folder}: {', '.join(changes) or 'up to date'}", flush=True)

@@ -1,5 +1,6 @@
 """Talking with a model: the cache changes nothing but the time, and the terminal understands what people type."""
 
+import json
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TextIteratorStreamer
 
 from minimind_v_hf.chat import Conversation, answer_questions, encode_questions, load_model
+from minimind_v_hf.training import RunArguments, load_start
 
 
 CHAT = Path(__file__).parents[1] / "examples" / "chat.py"
@@ -321,3 +323,36 @@ def test_sampling_is_random_and_repeatable(processor):
         conversation.attach(image=make_image())
         drawn.append(conversation.ask("What?", max_new_tokens=12, do_sample=True, temperature=2.0, top_k=50).text)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (
+            lambda state: state | {"model.stray.weight": torch.zeros(2)},
+            "weights that its config has no use for: model.stray.weight",
+        ),
+        (
+            lambda state: {name: weight * float("nan") if "o_proj" in name else weight for name, weight in state.items()},
+            "NaN or infinite values in model.language_model.layers.0.self_attn.o_proj.weight",
+        ),
+    ],
+)
+def test_weights_that_are_left_over_or_not_finite_are_refused(spoil, problem, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=problem):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=problem):
+        load_start(RunArguments(model=str(tmp_path)), seed=0)
+
+
+def test_fewer_layers_in_the_config_than_in_the_weights_are_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no use for: model.language_model.layers.1"):
+        load_model(tmp_path)

@@ -182,3 +182,20 @@ def test_preset_with_some_fields_set_differently():
     assert config.text_config.hidden_size == 768
     assert config.text_config.use_qk_norm
     assert MiniMindVConfig.from_preset("minimind-3v").text_config.num_hidden_layers == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"projector_num_layers": True}, "projector_num_layers=True: expected 1 or 2"),
+        ({"projector_hidden_act": [1]}, r"projector_hidden_act=\[1\]: expected one of"),
+        ({"text_config": {"hidden_act": [1]}}, r"hidden_act=\[1\]: expected one of"),
+        ({"text_config": {"rms_norm_eps": float("inf")}}, "rms_norm_eps=inf: expected"),
+        ({"vision_config": {"num_attention_heads": -1}}, "vision_config.num_attention_heads=-1: expected a positive integer"),
+        ({"vision_config": {"intermediate_size": 0}}, "vision_config.intermediate_size=0: expected a positive integer"),
+        ({"vision_config": {"hidden_act": "x"}}, "vision_config.hidden_act='x': expected one of"),
+    ],
+)
+def test_what_would_fail_late_is_refused(fields, error):
+    with pytest.raises(ValueError, match=error):
+        MiniMindVConfig(**fields)

@@ -22,6 +22,7 @@ from PIL import Image
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, read_conversations, tokenize_conversations
 from minimind_v_hf.data.images import read_image
+from minimind_v_hf.data.rows import RowError, parse_row
 
 
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -739,3 +740,27 @@ def test_empty_thinking_blocks_can_be_left_out(write, images):
     other = MiniMindVProcessor(make_image_processor(), processor.tokenizer, chat_template="{{ messages }}")
     with pytest.raises(ValueError, match="chat template does not know this option"):
         tokenize_conversations(loaded, other, drop_empty_thinking=0.8)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"content": [{"type": "text", "text": "q", "image": "0.png"}]}, "a text with 'image'"),
+        ({"content": [{"type": "text", "text": "q", "url": "0.png"}]}, "a text with 'url'"),
+        ({"content": [{"type": "image", "image": "0.png", "text": "q"}]}, "an image with 'text'"),
+        ({"content": "q", "image": "0.png"}, "a message with 'image' beside its 'content'"),
+        ({"content": "q", "images": ["0.png"]}, "a message with 'images' beside its 'content'"),
+        ({"content": "q", "value": "other"}, "a message with 'value' beside its 'content'"),
+    ],
+)
+def test_no_image_or_text_of_a_message_is_lost(row, error):
+    with pytest.raises(RowError, match=error):
+        parse_row({"conversations": [{"role": "user", **row}, {"role": "assistant", "content": "a"}]}, None)
+
+
+@pytest.mark.parametrize("column", [{"image_path": "0.png"}, {"img": "a/b.JPG"}, {"image_url": ["x.webp", "y.webp"]}])
+def test_an_image_in_a_column_that_is_not_read_is_refused(column):
+    row = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(RowError, match=rf"names an image in the column '{next(iter(column))}': expected one of image, images"):
+        parse_row(row | column, None)
+    assert parse_row(row | {"id": "0.png is no name\n", "image_size": [3, 4], "source": "coco"}, None).images == []

@@ -566,3 +566,9 @@ def test_text_alone_trains_the_projector_without_a_pass_through_a_frozen_encoder
     for parameter in model.model.multi_modal_projector.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
     assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["kwargs", "dropout", "query", "module"])
+def test_names_of_the_attention_function_itself_are_no_arguments(name, model):
+    with pytest.raises(TypeError, match=rf"unknown argument: '{name}'"):
+        model(torch.ones(1, 3, dtype=torch.long), **{name: torch.ones(1)})

@@ -635,3 +635,21 @@ def test_text_that_is_none_is_refused(processor, text, error):
 def test_a_tensor_without_data_is_refused(processor):
     with pytest.raises(ValueError, match="meta device"):
         processor(text="<image>", images=torch.zeros(3, 4, 4, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crop_size", {"height": 10**6, "width": 10**6}),
+        ("size", {"shortest_edge": 10**9}),
+        ("size", {"shortest_edge": 0}),
+        ("image_std", [0.0, 1.0, 1.0]),
+        ("image_std", [float("nan")] * 3),
+        ("rescale_factor", 0),
+    ],
+)
+def test_settings_of_an_image_processor_are_checked(field, value):
+    image_processor = make_image_processor()
+    setattr(image_processor, field, value)
+    with pytest.raises(ValueError, match=rf"image_processor\.{field}=.*: expected"):
+        make_processor(image_processor)

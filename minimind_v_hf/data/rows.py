@@ -109,6 +109,9 @@ def parse_row(row: Any, store: ImageStore | None) -> Row:
         if None in inline:
             raise RowError("format", f"{inline.count(None)} of {len(inline)} image items have no source")
         sources = inline
+    elif not sources and (column := next((key for key, value in row.items() if _names_image(value)), None)) is not None:
+        expected = ", ".join(IMAGE_COLUMNS)
+        raise RowError("format", f"the row names an image in the column {shorten(column)}: expected one of {expected}")
     return _match(conversations, [_parse_source(source, store) for source in sources])
 
 
@@ -142,6 +145,10 @@ def _parse_message(message: Any, inline: list[Any]) -> dict[str, str]:
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise RowError("role", f"unknown role {shorten(role)}: expected {', '.join(ROLES)}")
+    if lost := [key for key in (*IMAGE_KEYS, "images", "value") if message.get(key) is not None]:
+        raise RowError(
+            "format", f"a message with {lost[0]!r} beside its 'content': name images in the row or in a content list"
+        )
     if message.get("tool_calls"):
         raise RowError("format", "a message has tool calls, which the model does not learn")
     if isinstance(content, list):
@@ -165,9 +172,13 @@ def _parse_item(item: Any, inline: list[Any]) -> str:
     if kind == "text":
         if not isinstance(item.get("text"), str):
             raise RowError("format", f"expected a string as text, got {type_name(item.get('text'))}")
+        if lost := [key for key in (*IMAGE_KEYS, "images") if item.get(key) is not None]:
+            raise RowError("format", f"a text with {lost[0]!r}: expected an item of type 'image' for an image")
         # In a list, <image> in a text is text: the chat template marks it so too
         return item["text"].replace(IMAGE_PLACEHOLDER, f"<{CONTROL_MARK}image>")
     if kind == "image":
+        if item.get("text") is not None:
+            raise RowError("format", "an image with 'text': expected an item of type 'text' for a text")
         source = _source_of(item)
         others = [key for key, value in item.items() if key != "type" and value is not None]
         if source is None and others:
@@ -195,6 +206,12 @@ def _find_sources(row: dict[str, Any]) -> list[Any]:
     if isinstance(sources, str):
         return [name.strip() for name in sources.split(",") if name.strip()]
     return sources if isinstance(sources, list) else [sources]
+
+
+def _names_image(value: Any) -> bool:
+    """Whether a column that is not read holds the name of an image file, or a list of such."""
+    value = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, str) and re.fullmatch(r"[^\n]+\.(jpe?g|png|webp|gif|bmp|tiff?)", value.strip(), re.I) is not None
 
 
 def _parse_source(source: Any, store: ImageStore | None) -> str | bytes:

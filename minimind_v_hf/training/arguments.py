@@ -217,6 +217,8 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) ->
         raise ValueError("Give the training data with --data_files, and the folder of its images with --image_folder.")
     if trainable not in (None, *TRAINABLE):
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(f"--num_train_epochs {args.num_train_epochs}: expected a positive number, or --max_steps.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
     if run.pack_length is not None and run.pack_length < run.max_length:

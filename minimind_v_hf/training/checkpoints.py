@@ -92,7 +92,7 @@ def check_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / RUN_FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        files = run["files"]
+        files = dict(run["files"])
     except FileNotFoundError:
         raise ValueError(f"{folder} is unfinished, or of another trainer: it has no {RUN_FILE}.") from None
     except (OSError, ValueError, TypeError, KeyError):

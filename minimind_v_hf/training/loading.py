@@ -1,6 +1,7 @@
 """What a training script starts from, as its arguments say: the first model, and the data."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..chat import refuse_other_weights
 from ..configuration_minimind_v import MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
@@ -38,7 +40,7 @@ def _loading(source: str | None) -> Iterator[None]:
 
 
 def _load_whole(auto_class: Any, source: str) -> Any:
-    """A model in float32 with all of its weights.
+    """The model of an encoder or a language model, in float32 with all of its weights; others may lie beside them.
 
     Raises:
         ValueError: it cannot be loaded, or lacks weights.
@@ -57,9 +59,15 @@ def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGen
         ValueError: they do not fit each other.
     """
     if run.model is not None:
+        if os.path.isdir(run.model) and not os.path.isfile(os.path.join(run.model, "config.json")):
+            raise ValueError(f"Cannot load {run.model}: the folder has no config.json.")
         with _loading(run.model):
             processor = AutoProcessor.from_pretrained(run.model)
-        return _load_whole(MiniMindVForConditionalGeneration, run.model), processor
+            model, info = MiniMindVForConditionalGeneration.from_pretrained(
+                run.model, dtype=torch.float32, output_loading_info=True
+            )
+        refuse_other_weights(run.model, model, info)
+        return model, processor
 
     presets = MiniMindVConfig.presets()
     config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
