@@ -463,7 +463,7 @@ ENCODERS = {
     "a variance of 0": ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "NaN or infinite pixels"),
     "a factor of 0": ("preprocessor_config.json", {"rescale_factor": 0}, "the same of a black and of a white image"),
     "no crop": ("preprocessor_config.json", {"do_center_crop": False}, "its preprocessing gives 3x28x56 pixels"),
-    "activation": ("config.json", {"hidden_act": "nope"}, "no model of this configuration can be built"),
+    "activation": ("config.json", {"hidden_act": "nope"}, "vision_config.hidden_act='nope': expected one of"),
     "garbage": ("preprocessor_config.json", None, "its preprocessing cannot be read"),
     "garbage weights": ("model.safetensors", None, "its weights cannot be loaded"),
 }
