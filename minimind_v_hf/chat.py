@@ -42,8 +42,6 @@ from .arguments_minimind_v import CACHE
 from .quantization import has_fast_bf16, quantize_int8
 
 
-logger = logging.get_logger(__name__)
-
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
 

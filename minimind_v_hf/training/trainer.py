@@ -3,6 +3,7 @@
 The loop itself, parallelism, precision and logging are those of transformers and accelerate.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -107,8 +108,12 @@ class MiniMindVTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
         if pixels is not None and not pixels.is_floating_point():
-            inputs["pixel_values"] = PixelNormalizer(self.processing_class.image_processor).to(pixels.device)(pixels)
+            inputs["pixel_values"] = self._normalize_pixels(pixels)
         return inputs
+
+    @functools.cached_property
+    def _normalize_pixels(self) -> PixelNormalizer:
+        return PixelNormalizer(self.processing_class.image_processor).to(self.args.device)
 
     # ── Loss and metrics ──
 
