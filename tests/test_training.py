@@ -5,6 +5,7 @@ import math
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import pickle
 import random
 import re
 import resource
@@ -1003,6 +1004,18 @@ def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, 
     freeze(model, "all")
     with pytest.raises(ValueError, match="only while the encoder is frozen"):
         encode_images(model, collator, [rows], tmp_path / "other")
+
+
+def test_kept_features_stay_on_the_disk_where_processes_are_not_forked(home, rows, launch, tmp_path):
+    """As by default on macOS and Windows, and since Python 3.14; `launch` has started the server that they come from."""
+    model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    freeze(model, "llm")
+    collator = MiniMindVCollator(make_processor())
+    cached = CachedFeaturesCollator(collator, encode_images(model, collator, [rows], tmp_path / "features"))
+    assert len(pickle.dumps(cached.cache)) < 1000 < (tmp_path / "features" / "features.npy").stat().st_size
+    (batch,) = DataLoader(rows.select(range(3)), 3, collate_fn=cached, num_workers=1, multiprocessing_context="forkserver")
+    expected = cached([rows[i] for i in range(3)])["mm_encoder_outputs"]["image"].last_hidden_state
+    assert torch.equal(batch["mm_encoder_outputs"]["image"].last_hidden_state, expected)
 
 
 def test_kept_features_follow_what_they_were_made_of(tmp_path):

@@ -30,16 +30,22 @@ def _name(source: str | bytes) -> str:
 class FeatureCache:
     """Patch vectors of images, from a folder that `encode_images` filled.
 
+    Pickled for another process it is its folder alone, which is opened there: the vectors stay on the disk.
+
     Args:
         folder: with `index.json` and `features.npy`.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        index = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
+        self._folder = Path(folder).absolute()
+        index = json.loads((self._folder / "index.json").read_text(encoding="utf-8"))
         self.origin: str = index["origin"]
         self.states: dict[str, list[int]] = index["images"]
         self.rows: dict[str, int] = {name: row for row, name in enumerate(self.states)}
-        self._features = np.load(Path(folder) / "features.npy", mmap_mode="r")
+        self._features = np.load(self._folder / "features.npy", mmap_mode="r")
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return FeatureCache, (self._folder,)
 
     def __call__(self, sources: list[str | bytes]) -> torch.Tensor:
         """The patch vectors (images, patches, width) of images, in float32 or bfloat16."""
