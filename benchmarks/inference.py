@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import make_llava, make_llava_processor, make_model, make_processor, make_words, train_tokenizer
+from peer import make_llava, make_llava_processor, make_model, make_processor, make_tokenizer, make_words
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CompileConfig, StoppingCriteria, StoppingCriteriaList
 from transformers import __version__ as transformers_version
@@ -269,7 +269,7 @@ def main() -> None:
         return
 
     variants = {name: variant for name, variant in variants.items() if name in (arguments.variants or variants)}
-    processor = make_processor(train_tokenizer(make_words(random.Random(0))))
+    processor = make_processor(make_tokenizer(make_words(random.Random(0))))
     for name, model, its_processor in (
         ("ours", make_model(processor, arguments.preset), processor),
         ("llava", make_llava(processor.image_token_id), make_llava_processor(processor)),

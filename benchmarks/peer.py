@@ -3,7 +3,6 @@
 import random
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -15,7 +14,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
-from minimind_v_hf.preparation import prepare_tokenizer
+from minimind_v_hf.preparation import prepare_tokenizer, train_tokenizer
 
 
 def make_words(rng: random.Random) -> list[str]:
@@ -23,24 +22,14 @@ def make_words(rng: random.Random) -> list[str]:
     return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))) for _ in range(4000)]
 
 
-def train_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 6400 entries, MiniMind's number."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=6400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([" ".join(words)] * 2, trainer)
-    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of 6400 entries, MiniMind's number."""
+    return prepare_tokenizer(train_tokenizer([" ".join(words)] * 2, vocab_size=6400))
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> MiniMindVProcessor:
-    return MiniMindVProcessor(CLIPImageProcessorPil(), tokenizer, tokenizer.chat_template)
+    config = MiniMindVConfig.from_preset("minimind2-v-small", image_token_id=tokenizer.image_token_id)
+    return MiniMindVProcessor.build(CLIPImageProcessorPil(), tokenizer, config)
 
 
 def make_model(processor: MiniMindVProcessor, preset: str = "minimind2-v-small") -> MiniMindVForConditionalGeneration:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peer import make_llava, make_llava_processor, make_model, make_processor, make_words, train_tokenizer
+from peer import make_llava, make_llava_processor, make_model, make_processor, make_tokenizer, make_words
 from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -64,7 +64,7 @@ def write_data(folder: Path, rows: int) -> None:
     noise = np.random.default_rng(0)
     words = make_words(rng)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    train_tokenizer(words).save_pretrained(folder / "tokenizer")
+    make_tokenizer(words).save_pretrained(folder / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for number in tqdm(range(rows), desc="Drawing data", unit="row"):

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import minimind_v_hf
@@ -27,7 +26,7 @@ from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, Mi
 from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
 from minimind_v_hf.data.images import read_image
-from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer
+from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer, train_tokenizer
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
 
@@ -35,30 +34,6 @@ PATCH_SIZE = 16  # so that an image of 64 pixels becomes 4 x 4 patches
 NEW_TOKENS = 12  # of the longest answer
 CHECKED = 50  # held-out questions that the trained model answers too
 ENOUGH = 10_000  # images, from which on a run must have learned
-
-
-def train_tokenizer(data_file: Path) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer for the texts of a data set and the words of the chat template."""
-    backend = Tokenizer(models.BPE())
-    # Tokens may span words: in so small a world "top left" is one notion
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    with open(data_file, encoding="utf-8") as file:
-        texts = [message["content"] for line in file for message in json.loads(line)["conversations"]]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([*texts, *["user\n", "assistant\n"] * 1000], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-    )
 
 
 def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
@@ -92,23 +67,17 @@ def main() -> None:
     write_data_set(data, arguments.train_images, arguments.test_images, turns=7)
     stage_done("draw the data set")
 
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=[0.9] * 3,  # so that the background is about zero
-        image_std=[0.25] * 3,
-    )
+    with open(data / "train.jsonl", encoding="utf-8") as file:
+        texts = [message["content"] for line in file for message in json.loads(line)["conversations"]]
+    texts += ["user\n", "assistant\n"] * 1000  # words of the chat template
     chat_template = build_chat_template("<image>", default_system=None, thinking=False)
-    tokenizer = prepare_tokenizer(train_tokenizer(data / "train.jsonl"), chat_template)
-    processor = MiniMindVProcessor(image_processor, tokenizer, chat_template, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
-    train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
-    stage_done("tokenise")
+    tokenizer = prepare_tokenizer(train_tokenizer(texts, vocab_size=512, across_words=True), chat_template)
 
     # ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────
     torch.manual_seed(0)
     config = MiniMindVConfig(
         text_config={
-            "vocab_size": len(processor.tokenizer),
+            "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
@@ -125,12 +94,21 @@ def main() -> None:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
         },
-        image_token_id=processor.image_token_id,
+        image_token_id=tokenizer.image_token_id,
     )
     model = MiniMindVForConditionalGeneration(config)
     # As strong as the patches, so that the model learns early on where a patch lies
     torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight)
     print(f"The model has {model.num_parameters():,} parameters and an image is {config.image_seq_length} tokens to it.")
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.9] * 3,  # so that the background is about zero
+        image_std=[0.25] * 3,
+    )
+    processor = MiniMindVProcessor.build(image_processor, tokenizer, config)
+    train_set = tokenize_conversations(load_conversations(data / "train.jsonl", data / "images"), processor)
+    stage_done("tokenise")
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
     trainer = Trainer(

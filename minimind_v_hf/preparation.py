@@ -6,8 +6,9 @@ What a user types is text. The chat template puts a mark into anything in a mess
 
 import copy
 import json
+from collections.abc import Iterable
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -108,6 +109,33 @@ def build_chat_template(image_token: str, default_system: str | None, thinking: 
     settings = {"image_token": image_token, "mark": CONTROL_MARK, "default_system": default_system or "", "thinking": thinking}
     header = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items())
     return header + _CHAT_TEMPLATE
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, across_words: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with MiniMind's control tokens, for a small model of one's own.
+
+    Args:
+        texts: what to learn from.
+        vocab_size: tokens, of which 259 are bytes and control tokens.
+        across_words: whether a token may span words, as suits a small world in which "top left" is one notion.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> PreTrainedTokenizerBase:

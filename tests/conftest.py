@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import os
 import random
 import signal
@@ -24,11 +25,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
-from minimind_v_hf.preparation import prepare_tokenizer
+from minimind_v_hf.preparation import prepare_tokenizer, train_tokenizer
 
 
 CORPUS = [
@@ -56,23 +56,7 @@ def _repeatable():
 
 def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without an image token, like MiniMind2's."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-    )
+    return train_tokenizer(CORPUS, vocab_size)
 
 
 def make_image_processor(size: int = IMAGE_SIZE) -> CLIPImageProcessorPil:
@@ -85,7 +69,7 @@ def make_config(text_config: dict | None = None, vision_config: dict | None = No
     text |= {"max_position_embeddings": 512, "initializer_range": 0.2}  # large weights, so that outputs differ
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision |= {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
-    kwargs.setdefault("image_token_id", make_processor().image_token_id)
+    kwargs.setdefault("image_token_id", prepare_tokenizer(make_tokenizer()).image_token_id)
     return MiniMindVConfig(text_config=text | (text_config or {}), vision_config=vision | (vision_config or {}), **kwargs)
 
 
@@ -94,7 +78,9 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
 
 def make_processor(image_processor=None, tokenizer=None, image_seq_length: int = 16) -> MiniMindVProcessor:
     tokenizer = prepare_tokenizer(tokenizer or make_tokenizer())
-    return MiniMindVProcessor(image_processor or make_image_processor(), tokenizer, tokenizer.chat_template, image_seq_length)
+    vision_config = {"image_size": math.isqrt(image_seq_length) * PATCH_SIZE}
+    config = make_config({"vocab_size": len(tokenizer)}, vision_config, image_token_id=tokenizer.image_token_id)
+    return MiniMindVProcessor.build(image_processor or make_image_processor(), tokenizer, config)
 
 
 def make_model(text_config: dict | None = None, **kwargs) -> MiniMindVForConditionalGeneration:
