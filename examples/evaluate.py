@@ -3,7 +3,7 @@
     python examples/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/test.jsonl \\
         --images runs/quickstart/data/images --output answers.jsonl
 
-The data set is JSONL in the MiniMind-V format; the last message of each row is the right answer. What is measured:
+The data set is one that training could read; the last message of each row is the right answer. What is measured:
 
 * exact: the answer is the right one, letter by letter.
 * token F1: the harmonic mean of precision and recall over words, or over characters in Chinese, without regard to case and
@@ -32,8 +32,8 @@ from tqdm import tqdm
 from minimind_v_hf.arguments_minimind_v import CACHE
 from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line, load_model
 from minimind_v_hf.configuration_minimind_v import IMAGE_PLACEHOLDER
-from minimind_v_hf.data.images import ImageStore, find_problem, open_image_store, read_image
-from minimind_v_hf.data.rows import RowError, parse_row, read_rows
+from minimind_v_hf.data import read_conversations
+from minimind_v_hf.data.images import file_state, read_image
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -94,65 +94,39 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def image_names(row: dict[str, Any]) -> list[str]:
-    return [name.strip() for name in (row.get("image") or "").split(",") if name.strip()]
-
-
-def read_question(row: Any, store: ImageStore) -> tuple[dict[str, Any], list[str]]:
-    """A row as training would read it, unchanged but for its contents, which are strings; and where its images are.
+def read_questions(data: Path, image_folder: Path) -> tuple[list[dict[str, Any]], list[list[str] | list[bytes]]]:
+    """The rows of a data set, unchanged but for their contents, which are strings; and the images of each.
 
     Raises:
-        ValueError: training would refuse or mend it, it has no right answer at its end, or its choices are of another form.
+        ValueError: training would refuse or mend a row, or it is no question with a right answer; the message names the line.
     """
-    parsed = parse_row(row, store)
-    if parsed.mismatch:
-        raise ValueError(parsed.mismatch)
-    row = {**row, "conversations": parsed.conversations}
+    rows, images = [], []
+    for where, raw, parsed in tqdm(read_conversations(data, image_folder), desc="Reading", unit="row", delay=2):
+        row = {**raw, "conversations": parsed.conversations}
+        if problem := find_problem(row):
+            raise ValueError(f"{where}: {problem}")
+        rows.append(row)
+        images.append(parsed.images)
+    return rows, images
+
+
+def find_problem(row: dict[str, Any]) -> str | None:
+    """Why a conversation is no question with a right answer, if it is none."""
+    messages, choices = row["conversations"], row.get("choices")
+    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+        return "expected a question, and last the assistant's right answer"
+    right = messages[-1]["content"]
+    if IMAGE_PLACEHOLDER in right:
+        return f"the right answer has an {IMAGE_PLACEHOLDER}"
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        return f"expected a list of texts as choices, got {choices!r}"
+    if choices is not None and right not in choices:
+        return f"the right answer {right!r} is not among its choices"
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, TypeError) as error:  # half a surrogate pair, or bytes of a Parquet file
-        raise ValueError(f"the row cannot be written as JSON ({error})") from error
-    if not isinstance(row.get("image") or "", str) or len(image_names(row)) != len(parsed.images):
-        raise ValueError("expected the names of its images in 'image', separated by commas")
-    if [message["role"] for message in parsed.conversations[-2:]] != ["user", "assistant"]:
-        raise ValueError("expected a question, and last the assistant's right answer")
-    if any(IMAGE_PLACEHOLDER in message["content"] for message in parsed.conversations[-1:]):
-        raise ValueError(f"the right answer has an {IMAGE_PLACEHOLDER}")
-    right, choices = parsed.conversations[-1]["content"], row.get("choices")
-    if choices is None:
-        row.pop("choices", None)
-    elif not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"expected a list of texts as choices, got {choices!r}")
-    elif right not in choices:
-        raise ValueError(f"the right answer {right!r} is not among its choices")
-    return row, parsed.images
-
-
-def read_questions(data: Path, store: ImageStore) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """The rows of a data set, and the files of each one's images.
-
-    Raises:
-        ValueError: a row is of another form, or an image is missing or cannot be read; the message names the line.
-    """
-    rows, images = [], []
-    place_of: dict[str, str] = {}  # of each image's first row
-    for place, raw in read_rows(data):
-        try:
-            if isinstance(raw, RowError):
-                raise raw
-            row, files = read_question(raw, store)
-        except ValueError as error:
-            raise ValueError(f"{data}, {place}: {error}") from error
-        rows.append(row)
-        images.append(files)
-        for file in files:
-            place_of.setdefault(file, place)
-    if not rows:
-        raise ValueError(f"{data} has no rows")
-    for file, place in tqdm(place_of.items(), desc="Reading the images", unit="image", delay=2):
-        if problem := find_problem(file, store):
-            raise ValueError(f"{data}, {place}: {problem[1]}")
-    return rows, images
+        return f"the row cannot be written as JSON ({error})"
+    return None
 
 
 def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,30 +145,25 @@ def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[st
     return done
 
 
-def fingerprint(*paths: Path) -> str:
+def fingerprint(*sources: str | Path) -> str:
     """Tells files, and the files of folders, from what they are after a change."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(str(path).encode(errors="surrogateescape"))
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file():
-                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    files = [file for source in map(Path, sources) for file in (sorted(source.iterdir()) if source.is_dir() else [source])]
+    return hashlib.sha256(repr([(str(file), file_state(str(file))) for file in files]).encode()).hexdigest()
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.inference_mode()
-def answer(model, processor, batch: list[dict[str, Any]], files: list[list[str]], max_new_tokens: int) -> list[dict[str, Any]]:
+def answer(model, processor, batch: list[dict[str, Any]], sources: list[list], max_new_tokens: int) -> list[dict[str, Any]]:
     """The rows with "answer" and its measures; those with choices also with "choice" and "choice_right"."""
-    images = [[read_image(file) for file in row] for row in files]
+    images = [[read_image(source) for source in row] for row in sources]
     inputs = encode_questions(processor, [row["conversations"][:-1] for row in batch], images).to(model.device)
     results = []
     for row, text in zip(batch, answer_questions(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True):
         right = row["conversations"][-1]["content"].strip()
         results.append({**row, "answer": text, "right": text == right, "f1": token_f1(text, right)})
-    choices = [row.get("choices", []) for row in batch]
+    choices = [row.get("choices") or [] for row in batch]
     if any(choices):
         for row, scores in zip(results, choice_scores(model, processor, inputs, choices), strict=True):
             if scores:
@@ -232,8 +201,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
-    parser.add_argument("--data", required=True, type=Path, help="JSONL file with the questions and right answers")
-    parser.add_argument("--images", required=True, type=Path, help="folder that holds the images")
+    parser.add_argument("--data", required=True, type=Path, help="JSONL or Parquet file with the questions and right answers")
+    parser.add_argument("--images", required=True, type=Path, help="folder or zip archive that holds the images")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write, one line per question")
     parser.add_argument("--batch-size", type=int, default=50, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
@@ -241,20 +210,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens: expected 1 or more")
-    if not arguments.data.is_file() or not arguments.images.is_dir():
+    if not arguments.data.is_file() or not arguments.images.exists():
         parser.error(f"expected a file and a folder: --data {arguments.data} --images {arguments.images}")
     if arguments.output.is_dir() or (arguments.output.exists() and arguments.output.samefile(arguments.data)):
         parser.error(f"--output {arguments.output}: expected the name of a new file")
 
     # ── Questions and model ──
     with errors_in_one_line(parser):
-        rows, images = read_questions(arguments.data, open_image_store(arguments.images))
+        rows, images = read_questions(arguments.data, arguments.images)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
     settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
-    settings["images"] = fingerprint(*(arguments.images / name for row in rows for name in image_names(row)))
+    settings["images"] = fingerprint(*(source for row in images for source in row if isinstance(source, str)))
     settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8}
     unfinished = arguments.output.with_name(arguments.output.name + ".part")
     done = finished_rows(unfinished, settings, rows)
@@ -280,14 +249,14 @@ def main() -> None:
     print(f"{exact} of {len(done)} answers are exact ({exact / len(done):.1%}). They are in {arguments.output}.")
     sheet = arguments.output.with_name(f"{arguments.output.stem}_errors.png")
     sheet.unlink(missing_ok=True)
-    wrong = [row for row in done if not row["right"] and image_names(row)]
+    wrong = [(row, sources[0]) for row, sources in zip(done, images, strict=True) if sources and not row["right"]]
     if wrong:
         try:
             from minimind_v_hf.drawing import draw_answers
         except ImportError:
             print("A sheet of the wrong answers needs matplotlib: pip install matplotlib")
         else:
-            draw_answers(wrong, arguments.images, sheet)
+            draw_answers(wrong, sheet)
             print(f"Wrong answers are drawn in {sheet}.")
 
 

@@ -147,13 +147,13 @@ def main() -> None:
         rows = [json.loads(line) for line in file]
     # Without a cache: each token by a forward pass over all before it, as in training
     asked = [row["conversations"][:1] for row in rows[:CHECKED]]
-    images = [[read_image(str(data / "images" / row["image"]))] for row in rows[:CHECKED]]
-    inputs = encode_questions(processor, asked, images)
+    images = [str(data / "images" / row["image"]) for row in rows]
+    inputs = encode_questions(processor, asked, [[read_image(image)] for image in images[:CHECKED]])
     expected = answer_questions(model, processor, inputs, max_new_tokens=NEW_TOKENS, use_cache=False)
     stage_done("load and answer")
 
     # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────
-    draw_answers(rows, data / "images", folder / "answers.png")
+    draw_answers(list(zip(rows, images, strict=True)), folder / "answers.png")
     stage_done("draw the sheets")
     print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
     kinds = sorted({row["kind"] for row in rows})

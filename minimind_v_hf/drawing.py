@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers.image_utils import load_image
+
+from .data.images import read_image
 
 
 try:
@@ -92,26 +93,25 @@ def draw_sheet(panels: Sequence[Panel], path: Path, columns: int, width: float =
         figure.savefig(path, dpi=110, format="png")
 
 
-def draw_answers(rows: list[dict[str, Any]], image_folder: Path, path: Path, columns: int = 6, lines: int = 4) -> None:
+def draw_answers(rows: Sequence[tuple[dict[str, Any], Any]], path: Path, columns: int = 6, lines: int = 4) -> None:
     """Draw a sheet of images, each with question, answer, and right or wrong.
 
     Args:
-        rows: as `evaluate.py` writes them; of several images the first is drawn, and of several questions the last.
-        image_folder: where the images are.
+        rows: as `evaluate.py` writes them, of whose questions the last is drawn; each with its image, as `read_image` takes it.
         path: the PNG file to write.
         columns: images side by side.
         lines: images one below the other, at most.
     """
-    if chinese_font() is None and not all(_question(row).isascii() for row in rows):
+    if chinese_font() is None and not all(_question(row).isascii() for row, _ in rows):
         print("No font with Chinese glyphs was found (install Noto Sans CJK, say): the sheet shows English questions only.")
-        rows = [row for row in rows if _question(row).isascii()]
+        rows = [(row, image) for row, image in rows if _question(row).isascii()]
     panels = []
     # As many right and wrong ones as there are: a fair sample
-    for row in random.Random(0).sample(rows, min(len(rows), columns * lines)):
+    for row, image in random.Random(0).sample(rows, min(len(rows), columns * lines)):
         answer, right = (shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
         verdict = f"✓ {answer}" if row["right"] else f"✗ {answer} (not {right})"
-        image = load_image(str(image_folder / row["image"].split(",")[0].strip()))
-        panels.append(Panel(image, wrap(shorten(_question(row))), wrap(verdict, 26), RIGHT if row["right"] else WRONG))
+        colour = RIGHT if row["right"] else WRONG
+        panels.append(Panel(read_image(image), wrap(shorten(_question(row))), wrap(verdict, 26), colour))
     draw_sheet(panels, path, columns)
 
 

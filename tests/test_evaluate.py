@@ -1,10 +1,12 @@
 """Measuring a model: figures checked by hand, likelihoods against one prompt at a time, and a run that is cut short."""
 
+import io
 import itertools
 import json
 import math
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from conftest import MOE, make_image, make_model, make_processor
 from evaluate import choice_scores, corpus_bleu, fingerprint, finished_rows, main, read_questions, table, token_f1
 
-from minimind_v_hf.data.images import open_image_store
+from minimind_v_hf.data.images import read_image
 
 
 EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
@@ -100,7 +102,7 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     assert Path("whole_errors.png").read_bytes().startswith(b"\x89PNG")
 
     # As if the power had failed in the middle of the fourth line
-    pictures = [Path("images", row["image"]) for row in rows[:5]]
+    pictures = [Path("images", row["image"]).resolve() for row in rows[:5]]
     settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*pictures)}
     settings |= {"length": 4, "int8": False}
     # Some separators of lines may stand in a text
@@ -214,7 +216,7 @@ def test_bad_rows_are_named_before_any_work(line, error, tmp_path):
     make_image().save(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=error):
-        read_questions(tmp_path / "data.jsonl", open_image_store(tmp_path))
+        read_questions(tmp_path / "data.jsonl", tmp_path)
 
 
 def test_table_without_choices_and_with_two_languages():
@@ -237,3 +239,16 @@ def test_table_without_choices_and_with_two_languages():
         "in other languages": ["2", "100.0%", "100.0%"],
         "all": ["3", "66.7%", "66.7%"],
     }
+
+
+def test_questions_may_have_any_form_that_training_takes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        make_image().save(file := io.BytesIO(), "PNG")
+        archive.writestr("red.png", file.getvalue())
+    question = {"role": "user", "content": [{"type": "image", "path": "red.png"}, {"type": "text", "text": "\nWhich?"}]}
+    row = {"messages": [question, {"role": "assistant", "content": "red"}], "kind": "colour"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    ((read,), ((source,),)) = read_questions(tmp_path / "data.jsonl", tmp_path / "images.zip")
+    assert read["conversations"][0] == {"role": "user", "content": "<image>\nWhich?"}
+    assert read["kind"] == "colour"
+    assert read_image(source).getpixel((0, 0)) == (255, 0, 0)
