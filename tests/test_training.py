@@ -246,7 +246,10 @@ def test_a_batch_without_labels_teaches_nothing(batch):
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 def test_the_loss_curve_is_that_of_a_plain_loop(home, rows, tmp_path, moe):
-    """MiniMind-V's loop, by hand: mean loss of each batch, AdamW on everything, norm clipped at 1, a cosine to a tenth."""
+    """MiniMind-V's loop, by hand: mean loss of each batch, AdamW on everything, norm clipped at 1, a cosine to a tenth.
+
+    Its steps count from 1: the first rate is a little below the peak, and the last one is the tenth.
+    """
     torch.manual_seed(1)
     start = make_model(moe).state_dict()
     ours = make_model(moe)
@@ -264,6 +267,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop(home, rows, tmp_path, moe):
     step, steps, expected, rates = 0, 2 * len(loader), [], []
     for _ in range(2):
         for batch in loader:
+            step += 1
             rates.append(RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))))
             optimizer.param_groups[0]["lr"] = rates[-1]
             loss = model(**batch).loss
@@ -272,11 +276,11 @@ def test_the_loss_curve_is_that_of_a_plain_loop(home, rows, tmp_path, moe):
             optimizer.step()
             optimizer.zero_grad()
             expected.append(loss.item())
-            step += 1
+    assert rates[-1] == pytest.approx(RATE / 10)
     assert losses(trainer) == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.5
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    shift = 0 if logged[0] == pytest.approx(RATE) else 1  # some versions log the rate of the step to come
+    shift = 0 if logged[0] == pytest.approx(rates[0]) else 1  # some versions log the rate of the step to come
     assert logged[: len(rates) - shift] == pytest.approx(rates[shift:], rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), parameter, atol=1e-4, rtol=1e-3, msg=name)
@@ -920,7 +924,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
     )
     run, args, _ = parse(monkeypatch, recipe, "--max_length", 50, "--output_dir", tmp_path, "--optim", "adafactor")
     assert (run.max_length, args.learning_rate, args.optim.value) == (50, 2e-3, "adafactor")
-    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1})
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text() + "\nlr_scheduler_type: linear\n")
     _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path)

@@ -97,10 +97,10 @@ class StageArguments(FreezingArguments):
 def native_recipe() -> dict[str, Any]:
     """The `TrainingArguments` that both native stages share, and what makes them practical here."""
     return {
-        # AdamW, with a cosine from the learning rate to a tenth of it
+        # AdamW, with a cosine from the learning rate to a tenth of it, whose steps count from 1
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
-        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "bf16": has_fast_bf16(),
         "use_cpu": not torch.accelerator.is_available(),
