@@ -31,15 +31,18 @@ _CHAT_TEMPLATE = """\
     {%- else -%}
         {#- vLLM takes a template for one of lists when it finds a loop over just this name. -#}
         {%- for item in content -%}
-            {%- set sources = [item.image, item.path, item.url, item.base64] | select("defined") | reject("none") | list -%}
+            {%- set sources = namespace(count=0) -%}
+            {%- for source in [item.image, item.path, item.url, item.base64] -%}
+                {%- if source is defined and source is not none -%}{%- set sources.count = sources.count + 1 -%}{%- endif -%}
+            {%- endfor -%}
             {%- if item.type == "image" -%}
-                {%- if sources | length > 1 -%}
+                {%- if sources.count > 1 -%}
                     {{- raise_exception("An image has several sources: expected 'image', 'path', 'url' or 'base64'.") -}}
                 {%- endif -%}
                 {{- image_token -}}
             {%- elif item.type == "video" -%}
                 {{- "<video>" -}}
-            {%- elif item.type == "text" and sources -%}
+            {%- elif item.type == "text" and sources.count -%}
                 {{- raise_exception("A content of type 'text' names an image: expected an item of type 'image' for it.") -}}
             {%- elif item.type == "text" and item.text is string -%}
                 {{- plain(item.text) -}}
@@ -107,7 +110,7 @@ def build_chat_template(image_token: str, default_system: str | None, thinking: 
             `apply_chat_template` then leaves it open in the prompt, and `drop_empty_thinking` omits blocks without thoughts.
     """
     settings = {"image_token": image_token, "mark": CONTROL_MARK, "default_system": default_system or "", "thinking": thinking}
-    header = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items())
+    header = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in settings.items())
     return header + _CHAT_TEMPLATE
 
 
