@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.chat import load_model
+from minimind_v_hf.scripts import errors_in_one_line
 
 
 COLUMNS = 6
@@ -122,6 +123,7 @@ def draw_looks(looks: list[Look], images: np.ndarray, question: str, path: Path)
         figure.savefig(path, dpi=130)
 
 
+@errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", help="what to ask")
@@ -137,20 +139,18 @@ def main() -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         parser.exit(2, 'attention_map.py: error: this script needs matplotlib: pip install -e ".[train]"\n')
-    with errors_in_one_line(parser):
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        model, processor = load_model(arguments.model, attn_implementation="eager")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    model, processor = load_model(arguments.model, attn_implementation="eager")
     content = [{"type": "image", "path": path} for path in arguments.image]
     content.append({"type": "text", "text": "\n" + arguments.question})
-    with errors_in_one_line(parser):
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-        looks = attention_maps(model, processor, inputs, arguments.max_new_tokens, arguments.layer)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    looks = attention_maps(model, processor, inputs, arguments.max_new_tokens, arguments.layer)
     if not looks:
         parser.exit(1, "The answer is empty: there is nothing to draw.\n")
     draw_looks(looks, images_as_encoded(processor, inputs["pixel_values"]), arguments.question, arguments.output)

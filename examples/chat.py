@@ -22,7 +22,8 @@ from urllib.parse import unquote
 import torch
 from transformers import TextStreamer
 
-from minimind_v_hf.chat import PRECISIONS, Answer, Conversation, errors_in_one_line, load_model, media_kind, url_path
+from minimind_v_hf.chat import PRECISIONS, Answer, Conversation, load_model, media_kind, url_path
+from minimind_v_hf.scripts import errors_in_one_line
 
 
 HELP = """\
@@ -147,6 +148,7 @@ def obey(line: str, conversation: Conversation, **options) -> None:
             answer(conversation, question, **options)
 
 
+@errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="what to ask; without it the talk goes on until Ctrl-D")
@@ -182,8 +184,7 @@ def main() -> None:
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
 
-    with errors_in_one_line(parser):
-        conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
+    conversation = Conversation(*load_model(arguments.model, arguments.precision), system=arguments.system)
     media = [("image", source) for source in arguments.image] + [("video", source) for source in arguments.video]
     if not all(attach(conversation, kind, source) for kind, source in media):
         sys.exit(2)

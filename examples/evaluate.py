@@ -30,10 +30,12 @@ import torch
 from tqdm import tqdm
 
 from minimind_v_hf.arguments_minimind_v import CACHE
-from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line, load_model
+from minimind_v_hf.chat import answer_questions, encode_questions, load_model
 from minimind_v_hf.configuration_minimind_v import IMAGE_PLACEHOLDER
 from minimind_v_hf.data import read_conversations
 from minimind_v_hf.data.images import file_state, read_image
+from minimind_v_hf.files import write_file
+from minimind_v_hf.scripts import errors_in_one_line
 
 
 HAN = "㐀-鿿豈-﫿"
@@ -198,6 +200,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
@@ -216,10 +219,9 @@ def main() -> None:
         parser.error(f"--output {arguments.output}: expected the name of a new file")
 
     # ── Questions and model ──
-    with errors_in_one_line(parser):
-        rows, images = read_questions(arguments.data, arguments.images)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
+    rows, images = read_questions(arguments.data, arguments.images)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
     settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
@@ -238,9 +240,7 @@ def main() -> None:
             file.flush()
             done += results
             progress.update(len(batch))
-    whole = arguments.output.with_name(arguments.output.name + ".whole")
-    whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done), encoding="utf-8")
-    whole.replace(arguments.output)
+    write_file(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
     unfinished.unlink()
 
     # ── What came out ──

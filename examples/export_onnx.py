@@ -20,8 +20,9 @@ from torch.export import Dim
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.chat import load_model
 from minimind_v_hf.modeling_minimind_v import CACHE
+from minimind_v_hf.scripts import errors_in_one_line
 
 
 try:
@@ -159,7 +160,7 @@ def main() -> None:
         parser.exit(2, f'export_onnx.py: error: exporting needs {MISSING}: pip install -e ".[onnx]"\n')
     transformers_logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what other models would lack
-    with errors_in_one_line(parser):
+    with errors_in_one_line():
         model, processor = load_model(arguments.model)
     model.cpu()
     export(model, arguments.output)

@@ -11,10 +11,11 @@ peft (`pip install -e ".[lora]"`).
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minimind_v_hf.files import make_readable
+from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.training import (
     MiniMindVTrainer,
     checkpoint_to_resume,
-    errors_in_one_line,
     load_data,
     load_start,
     make_collator,
@@ -43,6 +44,7 @@ class LoraArguments:
     )
 
 
+@errors_in_one_line()
 def main() -> None:
     run, args, lora = parse_arguments(RECIPE, __doc__, LoraArguments, needs={"peft": "lora"})
     from peft import LoraConfig, PeftModel, get_peft_model  # here, so that --help needs it not
@@ -88,9 +90,9 @@ def main() -> None:
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         model.save_pretrained(merged)
         processor.save_pretrained(merged)
+        make_readable(merged)
         print(f"The adapter is in {adapter}, and a model of its own in {merged}.")
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        main()
+    main()

@@ -10,12 +10,12 @@ Flags may stand in a YAML or JSON file, which comes first; several cards need a 
 Stopped or killed, the same command goes on from the last complete checkpoint. The defaults are MiniMind-V's own recipe.
 """
 
+from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.training import (
     MiniMindVTrainer,
     SampleSheet,
     StageArguments,
     checkpoint_to_resume,
-    errors_in_one_line,
     freeze,
     load_data,
     load_start,
@@ -34,6 +34,7 @@ RECIPE = {
 }
 
 
+@errors_in_one_line()
 def main() -> None:
     run, args, stage = parse_arguments(RECIPE, __doc__, StageArguments, needs={"matplotlib": "train"})
     checkpoint = checkpoint_to_resume(args)
@@ -68,5 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        main()
+    main()

@@ -23,10 +23,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import minimind_v_hf
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
-from minimind_v_hf.chat import answer_questions, encode_questions, errors_in_one_line
+from minimind_v_hf.chat import answer_questions, encode_questions
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
 from minimind_v_hf.data.images import read_image
+from minimind_v_hf.files import make_readable
 from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer, train_tokenizer
+from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
 
 
@@ -45,6 +47,7 @@ def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
     return {group: counter.most_common(1)[0][1] for group, counter in answers.items()}
 
 
+@errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (default: %(default)s)")
@@ -53,8 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.train_images < 1 or arguments.test_images < 4:
         parser.error("expected --train-images of 1 or more, and --test-images of 4 or more")
-    with errors_in_one_line(parser):
-        from minimind_v_hf.drawing import draw_answers, draw_curves  # needs matplotlib
+    from minimind_v_hf.drawing import draw_answers, draw_curves  # needs matplotlib
+
     folder, stages, clock = arguments.output, {}, time.perf_counter()
     torch.set_num_threads(1)  # the matrices are too small for more; another core reads images
 
@@ -135,6 +138,7 @@ def main() -> None:
     model_folder = folder / "model"
     model.save_pretrained(model_folder)
     processor.save_pretrained(model_folder)
+    make_readable(model_folder)
     draw_curves(trainer.state.log_history, folder / "loss.png")
     stage_done("train and save")
 

@@ -6,10 +6,10 @@
 Reads the same data as sft.py, and takes every flag of TRL's `SFTConfig`. Needs TRL (`pip install -e ".[trl]"`).
 """
 
+from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.training import (
     FreezingArguments,
     claim_new_output_dir,
-    errors_in_one_line,
     freeze,
     load_data,
     load_start,
@@ -34,6 +34,7 @@ RECIPE = {
 }
 
 
+@errors_in_one_line()
 def main() -> None:
     run, args, freezing = parse_arguments(RECIPE, __doc__, FreezingArguments, training=SFTConfig)
     claim_new_output_dir(args)
@@ -64,5 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        main()
+    main()

@@ -16,7 +16,8 @@ from transformers import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
 from minimind_v_hf.arguments_minimind_v import CACHE
-from minimind_v_hf.chat import errors_in_one_line, load_model
+from minimind_v_hf.chat import load_model
+from minimind_v_hf.scripts import errors_in_one_line
 
 
 # A conversation in the tokens of the published MiniMind2: system "看图回答。", user "<image>\n这是什么？", assistant "一只猫"
@@ -120,5 +121,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a saved model (default: a fresh MiniMind2-V small)")
     folder = parser.parse_args().model
-    with errors_in_one_line(parser):
+    with errors_in_one_line():
         walk(*(saved_model(folder) if folder else fresh_model()))

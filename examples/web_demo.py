@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import TextIteratorStreamer
 
-from minimind_v_hf.chat import Conversation, errors_in_one_line, load_model, media_kind
+from minimind_v_hf.chat import Conversation, load_model, media_kind
+from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.shapes import all_scenes, draw
 
 
@@ -262,7 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if gr is None:
         parser.exit(2, 'web_demo.py: error: the web page needs gradio: pip install -e ".[demo]"\n')
-    with errors_in_one_line(parser):  # a wrong folder shows now, and no visitor waits
+    with errors_in_one_line():  # a wrong folder shows now, and no visitor waits
         for folder in arguments.model:
             load_once(folder)
     texts = gr.I18n(**TEXTS)

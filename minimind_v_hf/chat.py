@@ -10,7 +10,6 @@ that it shares with those in the cache are kept. So each image passes the encode
 conversation without a cache.
 """
 
-import argparse
 import contextlib
 import json
 import mimetypes
@@ -140,15 +139,6 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:300] + " …"
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
-
-
-@contextlib.contextmanager
-def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End a program with exit code 2 and the reason, where the reason is what it was given."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 # ── A list of questions ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
+from .files import write_file
 
 
 _FORMER_FILES = ("modeling_minimind_v.py", "video_minimind_v.py")
@@ -83,12 +84,7 @@ def _write(path: Path, content: bytes) -> list[str]:
     exists = path.is_file()
     if exists and path.read_bytes() == content:
         return []
-    unfinished = path.with_name(f".{path.name}.part")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file(path, content)
     return [f"{'replaced' if exists else 'added'} {path.name}"]
 
 

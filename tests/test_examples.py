@@ -43,6 +43,7 @@ def test_quickstart_leaves_a_model_answers_and_pictures(quickstart):
     for name in ("answers.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "model" / "modeling_minimind_v.py").exists()
+    assert len({path.stat().st_mode for path in (folder / "model").iterdir()}) == 1  # not for the owner alone
 
 
 def other_answers(*arguments, **options):

@@ -787,6 +787,7 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
     card = (output / "README.md").read_text()
     assert "| samples in a step | 4 |" in card
+    assert (output / "model.safetensors").stat().st_mode == (output / "README.md").stat().st_mode  # not for the owner alone
     assert f"{ROWS} of {ROWS} rows" in card
     with pytest.raises(ValueError, match="holds the model of a finished run"):
         checkpoint_to_resume(TrainingArguments(output_dir=str(output), use_cpu=True))

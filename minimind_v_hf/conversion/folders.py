@@ -1,7 +1,6 @@
 """Model folders: reading one with every tensor accounted for, writing one complete or not at all."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
+from ..files import make_readable
 from ..modeling_minimind import MiniMindForCausalLM
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .audit import FLOAT_DTYPES
@@ -154,10 +154,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         staging, old = Path(work, "new"), Path(work, "old")
         staging.mkdir()
         yield staging
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
+        make_readable(staging)
         if output.exists():
             output.rename(old)
         staging.rename(output)

@@ -1,6 +1,6 @@
 """Training: what learns, the Trainer and its checkpoints, metrics, command lines, cached features and reports."""
 
-from .arguments import FreezingArguments, RunArguments, StageArguments, errors_in_one_line, native_recipe, parse_arguments
+from .arguments import FreezingArguments, RunArguments, StageArguments, native_recipe, parse_arguments
 from .checkpoints import checkpoint_to_resume, claim_new_output_dir, encoder_digest, load_checkpoint
 from .features import CachedFeaturesCollator, FeatureCache, encode_images
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
@@ -25,7 +25,6 @@ __all__ = [
     "claim_new_output_dir",
     "encode_images",
     "encoder_digest",
-    "errors_in_one_line",
     "freeze",
     "is_frozen",
     "load_checkpoint",

@@ -1,11 +1,9 @@
 """What a training script is told: the native recipe as defaults, and the command line."""
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.utils import logging
 
 from ..quantization import has_fast_bf16
 from .freezing import TRAINABLE
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -112,27 +106,6 @@ def native_recipe() -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": ["tensorboard"] if is_tensorboard_available() else [],
     }
-
-
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Around a training script: what its user can mend is one line on stderr, with exit code 2; Ctrl-C is one too, with 130.
-
-    TRANSFORMERS_VERBOSITY=debug shows the traceback as well.
-    """
-    try:
-        yield
-        return
-    except (OSError, ValueError, ImportError) as error:
-        logger.debug("The traceback:", exc_info=True)
-        text, code = str(error), 2
-        if "Original Traceback" in text:  # from a process that loads data
-            text = text.strip().rpartition("\n")[2].partition(": ")[2]
-        message = f"error: {' '.join(text.split())}"
-    except KeyboardInterrupt as interrupt:
-        message, code = f"stopped. {interrupt or 'Nothing was trained yet.'}", 130
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..files import write_file
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
 
@@ -78,9 +79,7 @@ def _checksum(path: Path) -> list[int]:
 def mark_complete(folder: Path, run: dict[str, Any]) -> None:
     """Write the mark of a checkpoint, with what is to be known of its run. No file may be written into it afterwards."""
     files = {path.relative_to(folder).as_posix(): _checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    unfinished = folder / f"{RUN_FILE}.part"
-    unfinished.write_text(json.dumps({**run, "files": files}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RUN_FILE)
+    write_file(folder / RUN_FILE, json.dumps({**run, "files": files}, indent=2) + "\n")
 
 
 def check_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..chat import answer_questions, encode_questions
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from ..data.images import read_image
+from ..files import write_file
 from ..model_card import model_card, table
 from ..processing_minimind_v import MiniMindVProcessor
 from .freezing import parameter_table
@@ -92,6 +93,4 @@ def write_model_card(trainer: Any) -> None:
         "A [MiniMind-V](https://github.com/jingyaogong/minimind-v) vision-language model. The folder holds everything: "
         "encoder, projector, decoder, tokenizer, chat template and code."
     )
-    unfinished = folder / "README.md.part"
-    unfinished.write_text(model_card(args.hub_model_id or args.output_dir, model, summary, sections), encoding="utf-8")
-    unfinished.replace(folder / "README.md")
+    write_file(folder / "README.md", model_card(args.hub_model_id or args.output_dir, model, summary, sections))

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data import PixelNormalizer
+from ..files import make_readable
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .checkpoints import (
     ENCODER,
@@ -277,6 +278,7 @@ class MiniMindVTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (unfinished / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; the model card tells the recipe
+                make_readable(unfinished)
                 # config.json last: by it a finished run is known
                 for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_NAME):
                     os.replace(path, folder / path.name)
