@@ -1,4 +1,4 @@
-"""Images: files of every kind, URLs, base64 data and arrays become RGB as a person sees them.
+"""Images: files of every kind, URLs, base64 data and arrays become RGB as a person sees them, one or a batch of them.
 
 This file is copied into every saved model folder. It depends on torch, numpy and Pillow alone.
 """
@@ -11,6 +11,8 @@ import os
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,72 @@ def load_image(source: Any, min_size: int | None = None) -> Image.Image:
     if max(image.size) > longest:
         image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)), Image.Resampling.NEAREST)
     return image
+
+
+def load_batch(
+    items: list[Any] | tuple[Any, ...],
+    is_nested: bool,
+    placeholders: list[int] | None,
+    kind: str,
+    load: Callable[[Any], Any],
+) -> list[Any]:
+    """The images or videos of a batch, in the order of their placeholders.
+
+    Args:
+        items: all of them one after another, or a list for each sample.
+        is_nested: whether it is a list for each sample.
+        placeholders: how many each sample's prompt has; None where there are no prompts.
+        kind: "image" or "video", for the messages.
+        load: reads one of them, and raises ValueError with the reason where it cannot.
+
+    Raises:
+        ValueError: they do not match the placeholders in number, or one cannot be read. The message names the sample.
+    """
+    samples = _by_sample(items, is_nested, placeholders, kind)
+    is_only = sum(map(len, samples)) == 1
+    loaded = []
+    for number, sample in enumerate(samples):
+        for index, source in enumerate(sample):
+            try:
+                loaded.append(load(source))
+            except ValueError as error:
+                name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
+                if is_only:
+                    raise ValueError(f"Cannot read the {kind}{name}: {error}.") from error
+                raise ValueError(
+                    f"Cannot read {kind} {index} of sample {number}{name}: {error}. (Both counted from 0.)"
+                ) from error
+    return loaded
+
+
+def _by_sample(items: Any, is_nested: bool, placeholders: list[int] | None, kind: str) -> list[list[Any]]:
+    """Images or videos, sample by sample; their number is checked."""
+    if is_nested:
+        samples = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in items]
+    elif placeholders is None or len(placeholders) == 1:
+        samples = [list(items)]
+    elif sum(placeholders) == len(items):
+        remaining = iter(items)
+        return [list(islice(remaining, count)) for count in placeholders]
+    else:
+        raise ValueError(
+            f"The {len(placeholders)} samples have {placeholders} <{kind}> placeholders, {sum(placeholders)} in all, but "
+            f"{len(items)} {kind}s were passed. Pass one {kind} per placeholder, in a list per sample to have each checked."
+        )
+    if placeholders is None:
+        return samples
+    if len(placeholders) != len(samples):
+        raise ValueError(
+            f"The number of <{kind}> tokens in the prompts should be the same as the number of {kind}s in every sample, but "
+            f"there are {len(placeholders)} texts, and {kind}s for {len(samples)} samples."
+        )
+    for number, (expected, sample) in enumerate(zip(placeholders, samples, strict=True)):
+        if expected != len(sample):
+            raise ValueError(
+                f"Sample {number} (counted from 0) has {expected} <{kind}> placeholders, but {len(sample)} {kind}s were "
+                f"passed for it. Pass one {kind} per placeholder."
+            )
+    return samples
 
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:

@@ -14,7 +14,6 @@ This file is copied into every saved model folder, so it depends on torch and tr
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from numbers import Integral
@@ -32,7 +31,7 @@ from transformers.utils import logging
 from transformers.video_utils import VideoInput
 
 from .configuration_minimind_v import CONTROL_MARK, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-from .image_reading_minimind_v import MAX_ASPECT_RATIO, check_array, load_image
+from .image_reading_minimind_v import MAX_ASPECT_RATIO, check_array, load_batch, load_image
 from .video_reading_minimind_v import MAX_NUM_FRAMES, is_video, load_video
 
 
@@ -43,59 +42,6 @@ MAX_IMAGE_SIDE = 8192
 
 MAX_IMAGE_SEQ_LENGTH = 65_536
 """More tokens than any encoder of square images makes: a number in a damaged file must not exhaust the memory."""
-
-
-def _unreadable(kind: str, sample: int, index: int, source: Any, reason: Exception, is_only: bool) -> ValueError:
-    """Says which image or video cannot be read, and why."""
-    name = f" ({os.fspath(source)[:200]})" if isinstance(source, (str, os.PathLike)) else ""
-    if is_only:
-        return ValueError(f"Cannot read the {kind}{name}: {reason}.")
-    return ValueError(f"Cannot read {kind} {index} of sample {sample}{name}: {reason}. (Both counted from 0.)")
-
-
-# ── The processor ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_conversation(messages: Any) -> None:
-    """Raise a ValueError that names the message or the content item which is not of the kind that transformers expects."""
-    if hasattr(messages, "messages"):  # an object that transformers itself takes apart
-        return
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"conversation: expected a list of messages, got {type(messages).__name__} {messages!r:.99}.")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            if hasattr(message, "role"):
-                continue
-            raise ValueError(f"Message {number} (counted from 0): expected a dict with role and content, got {message!r:.99}.")
-        content = message.get("content")
-        if not isinstance(content, (str, list, tuple)):
-            raise ValueError(
-                f"Message {number} (counted from 0) has no content: expected a string or a list, got {content!r:.99}."
-            )
-        for item in content if not isinstance(content, str) else []:
-            if not isinstance(item, dict) or not isinstance(item.get("type"), str):
-                raise ValueError(f"Message {number} (counted from 0): expected content items with a type, got {item!r:.99}.")
-            sources = [key for key in ("image", "video", "path", "url", "base64") if item.get(key) is not None]
-            if item["type"] in ("image", "video") and len(sources) > 1:
-                raise ValueError(
-                    f"Message {number} (counted from 0): expected one source of each {item['type']}, got several sources, "
-                    f"{' and '.join(sources)}."
-                )
-
-
-def _check_image_processor(image_processor: Any) -> None:
-    """Refuse the settings of a damaged file that would exhaust the memory, or make all images alike. Raises ValueError."""
-    for name in ("size", "crop_size"):
-        size = getattr(image_processor, name, None) or {}
-        sides = size.values() if isinstance(size, dict) else vars(size).values()
-        if any(isinstance(side, int) and not 0 < side <= MAX_IMAGE_SIDE for side in sides):
-            raise ValueError(f"image_processor.{name}={size}: expected sides from 1 to {MAX_IMAGE_SIDE} pixels.")
-    factor = getattr(image_processor, "rescale_factor", None)
-    std = getattr(image_processor, "image_std", None)
-    for name, values in (("rescale_factor", factor), ("image_std", std)):
-        values = [] if values is None else values if isinstance(values, (list, tuple)) else [values]
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) and value > 0 for value in values):
-            raise ValueError(f"image_processor.{name}={getattr(image_processor, name)}: expected positive numbers.")
 
 
 class MiniMindVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -232,38 +178,39 @@ class MiniMindVProcessor(ProcessorMixin):
         """
         if audio is not None:
             raise ValueError("audio: expected None. MiniMind-V takes images and videos, and no sound.")
-        if isinstance(text, str):
-            text = [text]
         if text is not None:
-            if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text) or not text:
-                raise ValueError("text: expected a string or a list of strings.")
-            if "" in text:
-                raise ValueError(f"text: prompt {text.index('')} (counted from 0) is empty: expected at least a character.")
-            for number, sample in enumerate(text):
-                if sample != sample.encode(errors="replace").decode():
-                    raise ValueError(
-                        f"text: prompt {number} (counted from 0) holds half a surrogate pair, which is no character."
-                    )
-            text = [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
+            text = self._check_prompts([text] if isinstance(text, str) else text)
+        image_counts, video_counts = self._count(text, self.image_token), self._count(text, VIDEO_PLACEHOLDER)
         if images is not None:
-            images = self._load_images(images, self._count(text, self.image_token), kwargs) or None
+            images = self._load_images(images, image_counts, kwargs) or None
         else:
-            self._refuse_placeholders(text, self.image_token, "image")
+            self._refuse_placeholders(image_counts, "image")
         if videos is not None:
-            videos = self._load_videos(videos, self._count(text, VIDEO_PLACEHOLDER), kwargs)
+            videos = self._load_videos(videos, video_counts, kwargs)
             images = self._in_order(text, images or [], videos)
         elif images is None:
-            self._refuse_placeholders(text, VIDEO_PLACEHOLDER, "video")
-        elif any(self._count(text, VIDEO_PLACEHOLDER) or []):  # transformers' processors let it pass beside images
+            self._refuse_placeholders(video_counts, "video")
+        elif any(video_counts or []):  # transformers' processors let it pass beside images
             logger.warning("There are <video> placeholders, but no videos were passed: they stay text.")
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _check_prompts(self, text: Any) -> list[str]:
+        if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text) or not text:
+            raise ValueError("text: expected a string or a list of strings.")
+        for number, sample in enumerate(text):
+            if not sample:
+                raise ValueError(f"text: prompt {number} (counted from 0) is empty: expected at least a character.")
+            if sample != sample.encode(errors="replace").decode():
+                raise ValueError(f"text: prompt {number} (counted from 0) holds half a surrogate pair, which is no character.")
+        return [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
 
     @staticmethod
     def _count(text: list[str] | None, placeholder: str) -> list[int] | None:
         return None if text is None else [sample.count(placeholder) for sample in text]
 
-    def _refuse_placeholders(self, text: list[str] | None, placeholder: str, kind: str) -> None:
-        for sample, count in enumerate(self._count(text, placeholder) or []):
+    @staticmethod
+    def _refuse_placeholders(counts: list[int] | None, kind: str) -> None:
+        for sample, count in enumerate(counts or []):
             if count:
                 raise ValueError(
                     f"Sample {sample} (counted from 0) has {count} <{kind}> placeholders, but no {kind}s were passed."
@@ -298,14 +245,8 @@ class MiniMindVProcessor(ProcessorMixin):
         if is_video(videos) or not isinstance(videos, (list, tuple)):
             videos = [videos]
         is_nested = any(isinstance(item, (list, tuple)) and not is_video(item) for item in videos)
-        samples = self._by_sample(videos, is_nested, placeholders, "video")
-        loaded = []
-        for sample, index, source in samples:
-            try:
-                loaded.append(load_video(source, int(num_frames) if num_frames else MAX_NUM_FRAMES))
-            except ValueError as error:
-                raise _unreadable("video", sample, index, source, error, len(samples) == 1) from error
-        return loaded
+        most = MAX_NUM_FRAMES if num_frames is None else int(num_frames)
+        return load_batch(videos, is_nested, placeholders, "video", lambda source: load_video(source, most))
 
     def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
         """All images in one list; `placeholders` are the counts per sample, to check against."""
@@ -314,64 +255,17 @@ class MiniMindVProcessor(ProcessorMixin):
         if not isinstance(images, (list, tuple)):
             images = [images]
         is_nested = any(item is None or isinstance(item, (list, tuple)) for item in images)
-        samples = self._by_sample(images, is_nested, placeholders, "image")
-        # Unrescaled arrays are the caller's own preprocessing
-        keep_arrays = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
-        loaded: list[Any] = []
-        for sample, index, source in samples:
-            try:
-                if keep_arrays and isinstance(source, (np.ndarray, torch.Tensor)):
-                    height, width, _ = check_array(source).shape
-                    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-                        raise ValueError(f"{width}x{height} is longer than {MAX_ASPECT_RATIO} times its width: crop it first")
-                    loaded.append(source)
-                else:
-                    loaded.append(load_image(source))
-            except ValueError as error:
-                raise _unreadable("image", sample, index, source, error, len(samples) == 1) from error
-        return loaded
+        is_preprocessed = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
 
-    def _by_sample(
-        self, items: Iterable, is_nested: bool, placeholders: list[int] | None, kind: str
-    ) -> list[tuple[int, int, Any]]:
-        """Images or videos, each with the number of its sample and its own number within that sample.
+        def load(source: Any) -> Any:
+            if not is_preprocessed or not isinstance(source, (np.ndarray, torch.Tensor)):
+                return load_image(source)
+            height, width, _ = check_array(source).shape
+            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                raise ValueError(f"{width}x{height} is longer than {MAX_ASPECT_RATIO} times its width: crop it first")
+            return source
 
-        Raises:
-            ValueError: they do not match the placeholders in number.
-        """
-        items = list(items)
-        if is_nested:
-            samples = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in items]
-            if placeholders is not None:
-                self._check_counts(placeholders, [len(sample) for sample in samples], kind)
-        elif placeholders is None:
-            samples = [items]
-        else:
-            if sum(placeholders) != len(items):
-                if len(placeholders) == 1:
-                    self._check_counts(placeholders, [len(items)], kind)
-                raise ValueError(
-                    f"The {len(placeholders)} samples have {placeholders} <{kind}> placeholders, {sum(placeholders)} in all, "
-                    f"but {len(items)} {kind}s were passed. Pass one {kind} per placeholder, in a list per sample to have "
-                    "each sample checked."
-                )
-            remaining = iter(items)
-            samples = [[next(remaining) for _ in range(count)] for count in placeholders]
-        return [(sample, index, item) for sample, own in enumerate(samples) for index, item in enumerate(own)]
-
-    @staticmethod
-    def _check_counts(placeholders: list[int], given: list[int], kind: str) -> None:
-        if len(placeholders) != len(given):
-            raise ValueError(
-                f"The number of <{kind}> tokens in the prompts should be the same as the number of {kind}s in every "
-                f"sample, but there are {len(placeholders)} texts, and {kind}s for {len(given)} samples."
-            )
-        for sample, (expected, count) in enumerate(zip(placeholders, given, strict=True)):
-            if expected != count:
-                raise ValueError(
-                    f"Sample {sample} (counted from 0) has {expected} <{kind}> placeholders, but {count} {kind}s "
-                    f"were passed for it. Pass one {kind} per placeholder."
-                )
+        return load_batch(images, is_nested, placeholders, "image", load)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in `ProcessorMixin`.
@@ -406,6 +300,49 @@ class MiniMindVProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(list(image_sizes))
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+
+# ── What is checked before transformers takes it ─────────────────────────────────────────────────────────────────────
+
+
+def _check_conversation(messages: Any) -> None:
+    """Raise a ValueError that names the message or the content item which is not of the kind that transformers expects."""
+    if hasattr(messages, "messages"):  # an object that transformers itself takes apart
+        return
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"conversation: expected a list of messages, got {type(messages).__name__} {messages!r:.99}.")
+    for number, message in enumerate(messages):
+        place = f"Message {number} (counted from 0)"
+        if not isinstance(message, dict):
+            if hasattr(message, "role"):
+                continue
+            raise ValueError(f"{place}: expected a dict with role and content, got {message!r:.99}.")
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"{place} has no content: expected a string or a list, got {content!r:.99}.")
+        for item in content if not isinstance(content, str) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if not isinstance(kind, str):
+                raise ValueError(f"{place}: expected content items with a type, got {item!r:.99}.")
+            sources = [key for key in ("image", "video", "path", "url", "base64") if item.get(key) is not None]
+            if kind in ("image", "video") and len(sources) > 1:
+                given = " and ".join(sources)
+                raise ValueError(f"{place}: expected one source of each {kind}, got several sources, {given}.")
+
+
+def _check_image_processor(image_processor: Any) -> None:
+    """Refuse the settings of a damaged file that would exhaust the memory, or make all images alike. Raises ValueError."""
+    for name in ("size", "crop_size"):
+        size = getattr(image_processor, name, None) or {}
+        sides = size.values() if isinstance(size, dict) else vars(size).values()
+        if any(isinstance(side, int) and not 0 < side <= MAX_IMAGE_SIDE for side in sides):
+            raise ValueError(f"image_processor.{name}={size}: expected sides from 1 to {MAX_IMAGE_SIDE} pixels.")
+    factor = getattr(image_processor, "rescale_factor", None)
+    std = getattr(image_processor, "image_std", None)
+    for name, values in (("rescale_factor", factor), ("image_std", std)):
+        values = [] if values is None else values if isinstance(values, (list, tuple)) else [values]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"image_processor.{name}={getattr(image_processor, name)}: expected positive numbers.")
 
 
 __all__ = ["MiniMindVProcessor"]
