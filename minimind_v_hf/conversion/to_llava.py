@@ -29,7 +29,7 @@ from .report import print_table
 from .verification import verify
 
 
-_SHARED_FIELDS = (
+SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters"),
     *("attention_dropout", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -97,7 +97,7 @@ def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
     Raises:
         ConversionError: none is.
     """
-    fields = {name: getattr(text, name) for name in _SHARED_FIELDS}
+    fields = {name: getattr(text, name) for name in SHARED_FIELDS}
     if not text.num_experts:
         return Qwen3Config(**fields) if text.use_qk_norm else LlamaConfig(**fields)
     if text.num_shared_experts:
