@@ -8,6 +8,7 @@ unless the package minimind_v_hf is installed.
 """
 
 import argparse
+import copy
 import functools
 import random
 import tempfile
@@ -30,46 +31,52 @@ except ImportError:  # main() says so; --help works without it
 
 TEXTS = {
     "en": {
-        "intro": "A tiny model that answers about images. Show it one, and ask.",
+        "intro": "### Ask about an image\nAdd one, or try an example:",
         "ask": "Ask; add images or a video",
         "model": "Model",
         "new": "New conversation",
         "options": "Sampling",
-        "temperature": "Temperature (0: always the likeliest)",
+        "temperature": "Temperature (0: greedy)",
         "top_p": "Top-p",
-        "top_k": "Top-k (0: any number)",
+        "top_k": "Top-k (0: off)",
         "penalty": "Repetition penalty",
         "length": "Longest answer, in tokens",
-        "examples": "Examples",
+        "status": "{tokens} tokens · {speed:.0f} tokens/s",
         "unreadable": "This file cannot be read: {name} ({reason})",
         "failed": "No answer: {reason}",
     },
     "zh": {
-        "intro": "一个能看图的小模型。给它一张图片，然后提问。",
+        "intro": "### 看图问答\n添加一张图片并提问，或者试试：",
         "ask": "请提问；可添加图片或视频",
         "model": "模型",
         "new": "新对话",
         "options": "采样设置",
-        "temperature": "温度（0：总是取最可能的词）",
+        "temperature": "温度（0：贪心）",
         "top_p": "Top-p",
         "top_k": "Top-k（0：不限）",
         "penalty": "重复惩罚",
         "length": "回答的最大长度（token 数）",
-        "examples": "示例",
+        "status": "{tokens} 个 token · 每秒 {speed:.0f} 个",
         "unreadable": "无法读取这个文件：{name}",
         "failed": "无法回答：问题太长，或对话已超出模型的长度。请缩短问题，或开始新对话。",
     },
 }
 
 CSS = """
-.gradio-container { max-width: 900px !important; margin: auto !important; }
+.gradio-container { width: 100%; max-width: 900px !important; margin: auto !important; }
 .gradio-container .main.fillable { padding: 8px !important; }
 .gradio-container main { padding: 4px !important; }
+#top { align-items: center; flex-wrap: nowrap; }
 #title h1 { margin: 0; }
-#chat { height: max(320px, calc(100dvh - 430px)) !important; }
-#chat img { min-height: 110px; max-height: 200px; width: auto; border-radius: 8px; }
-#chat .message-buttons-right { display: none; }
+#chat .placeholder-content { justify-content: center; }
+#chat .placeholder { flex-grow: 0; height: auto; text-align: center; }
+#chat .examples { margin: 0 auto; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
+#chat .example { padding: 12px; border: 1px solid var(--border-color-primary); }
+#chat .example-image-container { width: 64px; height: 64px; }
+#chat .message img { height: 128px; width: auto; object-fit: contain; }
 #chat .message-wrap * { overflow-wrap: anywhere; }
+#chat .message-buttons-right, #chat .wrapper > .icon-button-wrapper { display: none; }
+.toast-title-row { visibility: hidden; } /* it would say "Warning" in every language */
 """
 
 
@@ -98,10 +105,10 @@ def take(message: dict[str, Any], talk: Talk | None) -> tuple:
     return talk, gr.update(value=None, submit_btn=False, stop_btn=True)
 
 
-def notice(request: "gr.Request | None", text: str, **values: str) -> None:
-    """Show a notice in the language of the visitor's browser."""
+def say(request: "gr.Request | None", text: str, **values: Any) -> str:
+    """A text in the language of the visitor's browser."""
     languages = request.headers.get("accept-language", "") if request is not None else ""
-    gr.Warning(TEXTS["zh" if languages.lower().startswith("zh") else "en"][text].format(**values))
+    return TEXTS["zh" if languages.lower().startswith("zh") else "en"][text].format(**values)
 
 
 def respond(
@@ -124,24 +131,24 @@ def respond(
         yield gr.update(), gr.update(), gr.update()
         return
     try:
-        yield from _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length)
+        yield from _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length, request)
     except (ValueError, OSError, ImportError) as error:
         if talk.conversation is not None:
             talk.conversation.detach()
         file, reason = getattr(error, "file", None), str(error)
         if file is None:
-            notice(request, "failed", reason=reason)
+            gr.Warning(say(request, "failed", reason=reason))
         else:
             # The path is this machine's and says nothing to the visitor
             reason = reason.removeprefix(f"Cannot read the {media_kind(file) or 'image'} ({file}): ")
-            notice(request, "unreadable", name=Path(file).name, reason=reason.rstrip("."))
+            gr.Warning(say(request, "unreadable", name=Path(file).name, reason=reason.rstrip(".")))
             message = {**message, "files": [other for other in message["files"] if other != file]}
         yield history, gr.update(value=message, submit_btn=True, stop_btn=False), ""
     finally:
         talk.busy = False
 
 
-def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length) -> Iterator[tuple]:
+def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, length, request) -> Iterator[tuple]:
     question, files = message["text"].strip(), message.get("files") or []
     if talk.conversation is None or talk.model != model:
         talk.model, talk.conversation = model, Conversation(*load_once(model))
@@ -183,7 +190,7 @@ def _respond(message, talk, history, model, temperature, top_p, top_k, penalty, 
     (result,) = outcome
     if isinstance(result, Exception):
         raise result
-    status = f"{result.tokens} tokens · {result.tokens_per_second:.0f} tokens/s"
+    status = say(request, "status", tokens=result.tokens, speed=result.tokens_per_second)
     yield [*history, {"role": "assistant", "content": text or "…"}], gr.update(submit_btn=True, stop_btn=False), status
 
 
@@ -199,27 +206,39 @@ def load_once(folder: str):
     return load_model(folder, "auto")
 
 
-def draw_examples(folder: Path) -> list[list[dict[str, Any]]]:
+def draw_examples(folder: Path) -> list[dict[str, Any]]:
     """Questions about images of coloured shapes, which are drawn into a folder."""
     rng = random.Random(5)
     scenes = [scene for scene in rng.sample(all_scenes(), 50) if sum(thing is not None for thing in scene) == 3]
-    asked = ["How many shapes are there?", "左上的图形是什么颜色？", "Which shape is at the bottom right?"]
+    asked = ["How many shapes are there?", "左上的图形是什么颜色？", "Which shape is at the bottom right?", "图中有几个图形？"]
     examples = []
     for number, (scene, question) in enumerate(zip(scenes, asked, strict=False)):
         path = folder / f"shapes-{number}.png"
         draw(scene, rng).save(path)
-        examples.append([{"text": question, "files": [str(path)]}])
+        examples.append({"text": question, "files": [str(path)]})
     return examples
 
 
-def build(models: list[str], examples: list[list[dict[str, Any]]], texts: "gr.I18n") -> "gr.Blocks":
+def build(models: list[str], examples: list[dict[str, Any]], texts: "gr.I18n") -> "gr.Blocks":
     """The page."""
-    with gr.Blocks(title="MiniMind-V", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="MiniMind-V", analytics_enabled=False, fill_height=True, fill_width=True) as page:
         talk = gr.State(None)
-        gr.Markdown("# MiniMind-V", elem_id="title")
-        gr.Markdown(texts("intro"), elem_id="intro")
-        model = gr.Dropdown(models, value=models[0], label=texts("model"), visible=len(models) > 1, elem_id="model")
-        chatbot = gr.Chatbot(show_label=False, elem_id="chat", buttons=["copy"], feedback_options=None, allow_tags=False)
+        with gr.Row(elem_id="top"):
+            gr.Markdown("# MiniMind-V", elem_id="title")
+            new = gr.Button(texts("new"), size="sm", elem_id="new", scale=0, min_width=140)
+        model = gr.Dropdown(
+            models, value=models[0], label=texts("model"), container=False, visible=len(models) > 1, elem_id="model"
+        )
+        chatbot = gr.Chatbot(
+            show_label=False,
+            placeholder=texts("intro"),
+            examples=copy.deepcopy(examples),  # the component turns the files' names into records
+            buttons=[],
+            feedback_options=None,
+            allow_tags=False,
+            scale=1,
+            elem_id="chat",
+        )
         box = gr.MultimodalTextbox(
             show_label=False,
             placeholder=texts("ask"),
@@ -230,25 +249,32 @@ def build(models: list[str], examples: list[list[dict[str, Any]]], texts: "gr.I1
             autofocus=True,
             elem_id="box",
         )
-        with gr.Row(elem_id="below"):
-            status = gr.Markdown("", elem_id="status")
-            new = gr.Button(texts("new"), size="sm", elem_id="new", scale=0, min_width=140)
-        gr.Examples(examples, box, label=texts("examples"))
-        with gr.Accordion(texts("options"), open=False, elem_id="options"):
-            temperature = gr.Slider(0, 2, 0, step=0.05, label=texts("temperature"))
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label=texts("top_p"))
-            top_k = gr.Slider(0, 200, 0, step=1, label=texts("top_k"))
-            penalty = gr.Slider(1, 2, 1, step=0.05, label=texts("penalty"))
-            length = gr.Slider(1, 2048, 256, step=1, label=texts("length"))
-        asked = box.submit(take, [box, talk], [talk, box], queue=False, api_visibility="private")
-        answered = asked.then(
-            respond,
-            [talk, chatbot, model, temperature, top_p, top_k, penalty, length],
-            [chatbot, box, status],
-            api_visibility="private",
-        )
+        status = gr.Markdown("", elem_id="status")
+        with gr.Accordion(texts("options"), open=False, elem_id="options"), gr.Row():
+            temperature = gr.Slider(0, 2, 0, step=0.05, label=texts("temperature"), min_width=240)
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label=texts("top_p"), min_width=240)
+            top_k = gr.Slider(0, 200, 0, step=1, label=texts("top_k"), min_width=240)
+            penalty = gr.Slider(1, 2, 1, step=0.05, label=texts("penalty"), min_width=240)
+            length = gr.Slider(1, 2048, 256, step=1, label=texts("length"), min_width=240)
+
+        def take_example(talk: Talk | None, chosen: gr.SelectData) -> tuple:
+            return take(examples[chosen.index], talk)
+
+        asked = [
+            box.submit(take, [box, talk], [talk, box], queue=False, api_visibility="private"),
+            chatbot.example_select(take_example, talk, [talk, box], queue=False, api_visibility="private"),
+        ]
+        answered = [
+            event.then(
+                respond,
+                [talk, chatbot, model, temperature, top_p, top_k, penalty, length],
+                [chatbot, box, status],
+                api_visibility="private",
+            )
+            for event in asked
+        ]
         box.stop(lambda talk: talk and talk.stop.set(), talk, queue=False, api_visibility="private")
-        for trigger in (new.click, model.change, chatbot.clear):
+        for trigger in (new.click, model.change):
             trigger(forget, talk, [chatbot, talk, box, status], cancels=answered, queue=False, api_visibility="private")
     return page
 

@@ -132,6 +132,18 @@ def page(folder):
         server.wait(30)
 
 
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
+def test_in_a_browser_an_empty_chat_invites_and_nothing_is_cut(page, size):
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.locator("#chat").get_by_text("看图问答").wait_for()
+    assert page.locator("#chat .example").count() == 4
+    for part in (*page.locator("#chat .example").all(), page.locator("#chat h3"), page.locator("#options")):
+        box = part.bounding_box()
+        assert 0 <= box["y"] < box["y"] + box["height"] <= size[1]
+    assert not page.evaluate("document.documentElement.scrollHeight > innerHeight")
+    assert not page.evaluate("(log => log.scrollHeight > log.clientHeight)(document.querySelector('#chat [role=log]'))")
+
+
 def test_in_a_browser_the_size_of_a_telephone(page, folder):
     box = page.locator("#box textarea")
     box.wait_for()
@@ -144,13 +156,13 @@ def test_in_a_browser_the_size_of_a_telephone(page, folder):
     page.get_by_label("number input for 回答的最大长度（token 数）").fill("2000")
     box.fill("这是什么？")
     box.press("Enter")
-    page.locator("#chat img").wait_for()
+    page.locator("#chat .message img").wait_for()
     page.locator("#box button.stop-button").click()
-    page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
-    count = int(re.match(r"\d+", page.locator("#status").inner_text()).group())
+    page.wait_for_function("document.querySelector('#status').innerText.includes('token')")
+    count = int(re.fullmatch(r"(\d+) 个 token · 每秒 \d+ 个", page.locator("#status").inner_text()).group(1))
     assert 0 < count < 2000
     assert "这是什么？" in page.locator("#chat").inner_text()
-
+    assert page.locator("#chat .message-buttons button:visible").count() == 0  # nothing under a short answer
     page.get_by_text("新对话").click()
     page.wait_for_function("!document.querySelector('#chat').innerText.includes('这是什么')")
 
@@ -158,23 +170,21 @@ def test_in_a_browser_the_size_of_a_telephone(page, folder):
 def test_in_a_browser_examples_videos_and_another_model(page, folder):
     box, chat = page.locator("#box textarea"), page.locator("#chat")
 
-    def ask(question=None):
-        if question:
-            box.fill(question)
+    def ask(question):
+        box.fill(question)
         box.press("Enter")
         page.locator("#box button.stop-button").click()
-        page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('token')")
 
-    page.locator(".gallery-item").nth(1).click()
-    page.locator("#box img").wait_for()
-    assert box.input_value() == "左上的图形是什么颜色？"
-    ask()
+    page.locator("#chat .example").nth(1).click()  # is asked at once
+    page.locator("#box button.stop-button").click()
+    page.wait_for_function("document.querySelector('#status').innerText.includes('token')")
     assert "左上的图形是什么颜色？" in chat.inner_text()
     assert chat.locator("img").count() == 1
 
     page.locator("#model input").click()
     page.get_by_role("option", name="other").click()
-    page.wait_for_function("!document.querySelector('#chat').innerText.includes('左上')")
+    page.locator("#chat").get_by_text("看图问答").wait_for()  # another model begins anew
 
     av = pytest.importorskip("av")
     with av.open(str(folder / "clip.mp4"), "w") as file:
