@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration
@@ -24,13 +24,8 @@ from minimind_v_hf.scripts import errors_in_one_line
 BEFORE_IMAGE = [1, 85, 736, 201, 1380, 2537, 2212, 286, 2, 201, 1, 320, 275, 201]
 AFTER_IMAGE = [201, 3744, 1541, 814, 2, 201, 1, 1078, 538, 501, 201]
 ANSWER = [333, 1623, 2989, 2, 201]  # with <|im_end|> and a line break, which are learned too
-
-
-def draw_image() -> Image.Image:
-    """A red square at the top left."""
-    image = Image.new("RGB", (256, 256), "#f0f0f0")
-    ImageDraw.Draw(image).rectangle((16, 16, 112, 112), fill="#d62728")
-    return image
+IMAGE = Image.new("RGB", (256, 256), "#f0f0f0")
+IMAGE.paste("#d62728", (16, 16, 113, 113))  # a red square at the top left
 
 
 def fresh_model():
@@ -38,24 +33,21 @@ def fresh_model():
     torch.manual_seed(0)
     config = MiniMindVConfig.from_preset("minimind2-v-small")
     prompt = BEFORE_IMAGE + [config.image_token_id] * config.image_seq_length + AFTER_IMAGE
-    inputs = {
-        "input_ids": torch.tensor([prompt + ANSWER]),
-        "labels": torch.tensor([[-100] * len(prompt) + ANSWER]),
-        "pixel_values": CLIPImageProcessorPil()(draw_image(), return_tensors="pt")["pixel_values"],
-    }
-    return MiniMindVForConditionalGeneration(config).eval(), inputs
+    ids, labels = torch.tensor([prompt + ANSWER]), torch.tensor([[-100] * len(prompt) + ANSWER])
+    pixel_values = CLIPImageProcessorPil()(IMAGE, return_tensors="pt")["pixel_values"]
+    model = MiniMindVForConditionalGeneration(config).eval()
+    return model, {"input_ids": ids, "labels": labels, "pixel_values": pixel_values}
 
 
 def saved_model(folder: str):
     """A saved model, and its inputs for a conversation as its own processor prepares them."""
     model, processor = load_model(folder)
-    question = [{"type": "image", "image": draw_image()}, {"type": "text", "text": "\nHow many shapes are there?"}]
+    question = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "\nHow many shapes are there?"}]
     conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": "one"}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
-    inputs = processor.apply_chat_template(conversation, **options)
-    is_answer = inputs.pop("assistant_masks").bool()
-    inputs["labels"] = inputs["input_ids"].masked_fill(~is_answer, -100)
-    return model, inputs.to(model.device)
+    inputs = processor.apply_chat_template(conversation, **options).to(model.device)
+    inputs["labels"] = inputs["input_ids"].masked_fill(~inputs.pop("assistant_masks").bool(), -100)
+    return model, inputs
 
 
 @torch.no_grad()
@@ -97,19 +89,16 @@ def walk(model, inputs) -> None:
     learned = int((inputs["labels"] != -100).sum())
     show("labels", inputs["labels"], [1, length], f"{learned} learned, the others are -100")
     is_image = inputs["input_ids"] == config.image_token_id
-    check("placeholders", int(is_image.sum()), tokens)
     check("merged image == projected image", torch.equal(seen["masked_scatter"][is_image], seen["projector"][0]), True)
     # The scores at a position are for the next token, so the last have no label, and the first label has no scores
     loss = F.cross_entropy(seen["logits"][0, :-1], inputs["labels"][0, 1:], ignore_index=-100)
     check("loss == mean over the learned tokens", torch.allclose(outputs.loss, loss), True)
     print(f"{'loss':<16}{loss:<20.4f}by chance it would be ln {text.vocab_size} = {math.log(text.vocab_size):.4f}")
-
-    cached = [tensor for layer in outputs[CACHE].layers for tensor in (layer.keys, layer.values)]
+    layers = outputs[CACHE].layers
     shape = [1, text.num_key_value_heads, length, text.head_dim]
-    for tensor in cached:
-        check("KV cache", list(tensor.shape), shape)
-    size = sum(tensor.nbytes for tensor in cached)
-    print(f"{'KV cache':<16}{shape!s:<20}keys, and as many values, in {len(cached) // 2} layers: {size:,} bytes")
+    check("KV cache", {tuple(tensor.shape) for layer in layers for tensor in (layer.keys, layer.values)}, {tuple(shape)})
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    print(f"{'KV cache':<16}{shape!s:<20}keys, and as many values, in {len(layers)} layers: {size:,} bytes")
 
 
 def check(what: str, found, expected) -> None:

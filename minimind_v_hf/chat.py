@@ -73,6 +73,10 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
             model, loading = AutoModelForImageTextToText.from_pretrained(
                 folder, trust_remote_code=True, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(model.generation_config, name)
+            if not all(isinstance(token, int | None) for token in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"generation_config.json has {name}={value!r}, where token ids were expected")
     except Exception as error:  # a damaged file may raise anything in the libraries that read it
         raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
     refuse_other_weights(folder, model, loading)

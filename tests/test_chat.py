@@ -157,6 +157,10 @@ SPOILED = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "the folder has no config.json"),
     "null as config": (lambda folder: (folder / "config.json").write_text("null"), "config.json is damaged"),
     "half a config": (lambda folder: (folder / "config.json").write_text('{"model_type"'), "config.json is damaged"),
+    "a word as token id": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [2, "end"]}'),
+        r"generation_config.json has eos_token_id=\[2, 'end'\], where token ids were expected",
+    ),
     "half a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
     "bad template": (lambda folder: (folder / "chat_template.jinja").write_text("{% garbage"), "unknown tag 'garbage'"),
 }
