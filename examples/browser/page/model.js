@@ -1,0 +1,250 @@
+// The model and one conversation with it: what minimind_v_hf/chat.py does in Python, by transformers.js.
+
+import {
+  AutoProcessor,
+  BaseStreamer,
+  DynamicCache,
+  InterruptableStoppingCriteria,
+  LlavaForConditionalGeneration,
+  RawImage,
+  Tensor,
+  cat,
+  env,
+} from "./lib/transformers.min.js";
+import { readImage } from "./image.js";
+
+const NEW_TOKENS = 512; // of the longest answer
+const THREADS = 4; // more gain nothing at this size, and a telephone's slow cores hold the fast ones up
+
+/** An error that the page explains in the visitor's language: `code` is a key of texts.js. */
+export class Refusal extends Error {
+  constructor(code, values = {}) {
+    super(`${code} ${JSON.stringify(values)}`);
+    Object.assign(this, { code, values });
+  }
+}
+
+// ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** A `fetch` that tells how many bytes have come, of how many, and remembers in `failure` why the last file did not. */
+function watchedFetch(onProgress) {
+  let loaded = 0;
+  let total = 0;
+  const watched = async (address, options) => {
+    const response = await fetch(address, options).catch((error) => {
+      throw (watched.failure = new Refusal("network", { reason: error.message }));
+    });
+    if (!response.ok) {
+      watched.failure = new Refusal("missing", { file: address, status: response.status });
+      return response;
+    }
+    total += Number(response.headers.get("content-length"));
+    const count = new TransformStream({
+      transform(bytes, controller) {
+        loaded += bytes.length;
+        onProgress(loaded, Math.max(loaded, total)); // a compressed file is longer than announced
+        controller.enqueue(bytes);
+      },
+    });
+    return new Response(response.body.pipeThrough(count), response);
+  };
+  return watched;
+}
+
+/** The engine, which every model needs: ONNX Runtime, compiled to WebAssembly. Returns how many threads it has. */
+async function loadEngine(device, base, onProgress) {
+  const { wasm } = env.backends.onnx;
+  const file = `${base.pathname}lib/ort-wasm-simd-threaded${device === "webgpu" ? ".asyncify" : ""}`;
+  wasm.numThreads = self.crossOriginIsolated ? Math.min(THREADS, navigator.hardwareConcurrency) : 1;
+  wasm.wasmPaths = { mjs: `${file}.mjs`, wasm: `${file}.wasm` };
+  const watched = watchedFetch(onProgress);
+  const response = await watched(`${file}.wasm`);
+  if (!response.ok) throw watched.failure;
+  wasm.wasmBinary = await response.arrayBuffer();
+  return wasm.numThreads;
+}
+
+/**
+ * Load what is in the folder model/.
+ *
+ * @param {URL} base of the page
+ * @param {(stage: "engine"|"model", loaded: number, total: number) => void} onProgress in bytes
+ * @param {"webgpu"|"wasm"|null} wanted a device, or null for the best that there is
+ * @throws {Refusal} a file cannot be fetched
+ */
+export async function loadModel(base, onProgress, wanted = null) {
+  let device = wanted ?? ((await navigator.gpu?.requestAdapter().catch(() => null)) ? "webgpu" : "wasm");
+  const threads = await loadEngine(device, base, (...bytes) => onProgress("engine", ...bytes));
+  Object.assign(env, {
+    allowRemoteModels: false,
+    allowLocalModels: true,
+    localModelPath: base.pathname,
+    // The address says nothing of which model is behind it, so only the browser's own cache knows what is still good
+    useBrowserCache: false,
+    useWasmCache: false,
+    fetch: watchedFetch((...bytes) => onProgress("model", ...bytes)),
+  });
+  const load = () => LlavaForConditionalGeneration.from_pretrained("model", { device });
+  try {
+    const processor = await AutoProcessor.from_pretrained("model");
+    const model = await load().catch((error) => {
+      if (device !== "webgpu" || env.fetch.failure) throw error;
+      device = "wasm"; // which this engine can do as well
+      return load();
+    });
+    return { conversation: new Conversation(model, processor), device, threads };
+  } catch (error) {
+    throw env.fetch.failure ?? error;
+  }
+}
+
+// ── A conversation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Gives the answer as it is so far after each token, and notes when they came. */
+class Answer extends BaseStreamer {
+  constructor(tokenizer, onText) {
+    super();
+    Object.assign(this, { tokenizer, onText, ids: null, text: "" });
+  }
+
+  put([ids]) {
+    if (this.ids === null) {
+      this.ids = []; // what comes first is the prompt
+      return;
+    }
+    this.ids.push(...ids);
+    this.last = performance.now();
+    this.first ??= this.last;
+    this.text = this.tokenizer.decode(this.ids, { skip_special_tokens: true });
+    this.onText(this.text.replace(/\uFFFD+$/, "")); // the rest of a character comes with the next token
+  }
+
+  end() {}
+
+  /** Tokens per second after the first token. */
+  get rate() {
+    return this.ids.length > 1 ? (this.ids.length - 1) / ((this.last - this.first) / 1000) : 0;
+  }
+}
+
+/** Lets messages in, such as the wish to stop: between two tokens nothing else would. */
+const breathe = () =>
+  new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
+
+export class Conversation {
+  constructor(model, processor) {
+    this.model = model;
+    this.processor = processor;
+    const { image_token, patch_size, num_additional_image_tokens = 0 } = processor.config;
+    this.imageToken = image_token;
+    this.imageTokens = (height, width) =>
+      Math.floor(height / patch_size) * Math.floor(width / patch_size) + num_additional_image_tokens;
+    const { config } = model;
+    this.positions = config.text_config.max_position_embeddings ?? Infinity;
+    const forward = model.forward.bind(model);
+    model.forward = (inputs) => breathe().then(() => forward(inputs));
+    this.stopping = new InterruptableStoppingCriteria();
+    this.reset();
+  }
+
+  /** Forget all messages and images. */
+  reset() {
+    this.messages = [];
+    this.images = []; // one (1, 3, height, width) each
+    this.forgetCache();
+  }
+
+  forgetCache() {
+    this.cache?.dispose();
+    this.cache = new DynamicCache();
+    this.cachedIds = [];
+    this.cachedImages = 0;
+  }
+
+  /** End the answer after the current token. What was written by then stays in the conversation. */
+  stop() {
+    this.stopping.interrupt();
+  }
+
+  /**
+   * Put a question, with images before it. A question that is refused leaves the conversation as it was.
+   *
+   * @param {string} question
+   * @param {File[]} files images
+   * @param {(text: string) => void} onText given the answer so far
+   * @returns {Promise<{text: string, tokens: number, rate: number}>}
+   * @throws {Refusal}
+   */
+  async ask(question, files, onText) {
+    this.stopping.reset();
+    const images = [...this.images];
+    for (const file of files) images.push(await this.readPixels(file));
+    // Images as in the training data: in front, then a line break
+    const content = files.map(() => ({ type: "image" }));
+    content.push({ type: "text", text: (files.length ? "\n" : "") + question.replace(/\p{Surrogate}/gu, "?") });
+    const messages = [...this.messages, { role: "user", content }];
+    const ids = this.tokenIds(messages, images);
+    const room = this.positions - ids.length;
+    if (room < 1) throw new Refusal("tooLong", { tokens: ids.length, positions: this.positions });
+
+    // Usually all that was read is in the cache. But a template may drop earlier thoughts, and an answer may be written in
+    // other tokens than the tokenizer would choose for its text.
+    const isPrefix = this.cachedIds.length < ids.length && this.cachedIds.every((id, index) => id === ids[index]);
+    if (!isPrefix) this.forgetCache();
+    const newImages = images.slice(this.cachedImages);
+    const answer = new Answer(this.processor.tokenizer, onText);
+    let output;
+    try {
+      output = await this.model.generate({
+        input_ids: new Tensor("int64", ids.map(BigInt), [1, ids.length]),
+        attention_mask: new Tensor("int64", ids.map(() => 1n), [1, ids.length]),
+        ...(newImages.length ? { pixel_values: cat(newImages, 0) } : {}),
+        ...(this.cachedIds.length ? { past_key_values: this.cache } : {}),
+        max_new_tokens: Math.min(NEW_TOKENS, room),
+        do_sample: false,
+        streamer: answer,
+        stopping_criteria: this.stopping,
+        return_dict_in_generate: true,
+      });
+    } catch (error) {
+      this.forgetCache(); // how far it came is not known
+      throw error;
+    }
+    this.cache = output.past_key_values;
+    this.cachedIds = [...ids, ...answer.ids.slice(0, -1).map(Number)]; // the last token was drawn, but not yet read
+    this.cachedImages = images.length;
+    this.images = images;
+    this.messages = [...messages, { role: "assistant", content: [{ type: "text", text: answer.text }] }];
+    return { text: answer.text, tokens: answer.ids.length, rate: answer.rate, stopped: this.stopping.interrupted };
+  }
+
+  async readPixels(file) {
+    const settings = this.processor.image_processor.config;
+    const image = await readImage(file, settings).catch((error) => {
+      if (error instanceof DOMException) throw new Refusal("unreadable", { name: file.name });
+      throw error;
+    });
+    const { pixel_values } = await this.processor.image_processor(new RawImage(image.data, image.width, image.height, 3));
+    return pixel_values;
+  }
+
+  tokenIds(messages, images) {
+    const { tokenizer } = this.processor;
+    const prompt = tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true });
+    // What looks like an image token in a message is marked by the template, so these are the images; LlavaProcessor of
+    // transformers.js would expand the first alone
+    let next = 0;
+    const expanded = prompt.replaceAll(this.imageToken, () => {
+      const [, , height, width] = images[next++].dims;
+      return this.imageToken.repeat(this.imageTokens(height, width));
+    });
+    return tokenizer.encode(expanded, { add_special_tokens: false });
+  }
+}
