@@ -16,7 +16,7 @@ from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data import PixelNormalizer
@@ -57,8 +57,8 @@ class MiniMindVTrainer(Trainer):
         data_counts: for the model card, what was read, as `DataReport`s by name.
 
     Raises:
-        ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted; or one
-            process has several cards.
+        ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted; one
+            process has several cards; or checkpoints would be pushed to the Hub.
     """
 
     def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
@@ -72,6 +72,11 @@ class MiniMindVTrainer(Trainer):
             raise ValueError(
                 f"One process for {self.args.n_gpu} cards would cut a batch of images into as many rows as there are texts: "
                 "start with `accelerate launch`, or show it one card with CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value}: expected 'end'. Only the finished model is pushed, since "
+                "checkpoints leave a frozen encoder out."
             )
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
@@ -219,6 +224,11 @@ class MiniMindVTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         """As in `Trainer`, but no epoch is left to a run that was killed after its last step: it would take one step more."""
         num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step > max_steps:
+            logger.warning(
+                f"Nothing is left to train: {self._loading_from} has {self._resumed_step} steps, and {max_steps} are asked "
+                "for. The model is that of the checkpoint."
+            )
         return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
 
     def global_batch_size(self) -> int:
@@ -260,11 +270,6 @@ class MiniMindVTrainer(Trainer):
                 run = {"global_batch_size": self.global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
                 mark_complete(folder, run)
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: `_save_checkpoint` pushes when the checkpoint is complete."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model and its processor, as a folder for the Hub; no file of it is ever half written."""
