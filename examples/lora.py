@@ -52,7 +52,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args, finished="merged/config.json")
 
     # ── Model ──
-    base, processor = load_start(run, args.seed)
+    base, processor = load_start(run, args)
     model = get_peft_model(
         base,
         LoraConfig(
@@ -86,7 +86,7 @@ def main() -> None:
 
     # ── The same again from disk, and merged ──
     if args.should_save:
-        base, processor = load_start(run, args.seed)
+        base, processor = load_start(run, args)
         model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         model.save_pretrained(merged)
         processor.save_pretrained(merged)

@@ -40,7 +40,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args)
 
     # ── Model ──
-    model, processor = load_start(run, args.seed)
+    model, processor = load_start(run, args)
     freeze(model, stage.trainable)
     if args.should_log:
         print(parameter_table(model))

@@ -40,7 +40,7 @@ def main() -> None:
     claim_new_output_dir(args)
 
     # ── Model ──
-    model, processor = load_start(run, args.seed)
+    model, processor = load_start(run, args)
     freeze(model, freezing.trainable)
     if args.should_log:
         print(parameter_table(model))

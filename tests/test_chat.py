@@ -16,7 +16,7 @@ import torch
 from chat import main, split_line
 from conftest import MOE, make_image, make_model, make_processor
 from safetensors.torch import load_file, save_file
-from transformers import TextIteratorStreamer
+from transformers import TextIteratorStreamer, TrainingArguments
 
 from minimind_v_hf.chat import Conversation, answer_questions, encode_questions, load_model
 from minimind_v_hf.training import RunArguments, load_start
@@ -349,7 +349,7 @@ def test_weights_that_are_left_over_or_not_finite_are_refused(spoil, problem, tm
     with pytest.raises(ValueError, match=problem):
         load_model(tmp_path)
     with pytest.raises(ValueError, match=problem):
-        load_start(RunArguments(model=str(tmp_path)), seed=0)
+        load_start(RunArguments(model=str(tmp_path)), TrainingArguments())
 
 
 def test_fewer_layers_in_the_config_than_in_the_weights_are_refused(tmp_path):

@@ -22,6 +22,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import MOE, make_image, make_model, make_processor
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -42,6 +44,7 @@ from minimind_v_hf.training import (
     checkpoint_to_resume,
     checkpoints,
     encode_images,
+    encoder_digest,
     freeze,
     load_checkpoint,
     load_data,
@@ -324,16 +327,16 @@ def test_packed_rows_that_flash_attention_would_mix_are_refused(home, rows, tmp_
         trainer.compute_loss(trainer.model, trainer.data_collator(packed))
 
 
+def test_weights_that_are_sharded_already_are_refused(home, rows, tmp_path):
+    model = make_model()
+    model.lm_head.weight.ds_id = 0  # what DeepSpeed marks them with
+    with pytest.raises(ValueError, match=r"sharded already \(ZeRO-3\), .* `load_start`"):
+        make_trainer(home, rows, tmp_path, model=model)
+
+
 def test_label_smoothing_is_refused(home, rows, tmp_path):
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1: expected 0"):
         make_trainer(home, rows, tmp_path, label_smoothing_factor=0.1)
-
-
-def test_checkpoints_are_not_pushed(home, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(MiniMindVTrainer, "init_hf_repo", lambda self: None)
-    with pytest.raises(ValueError, match=r"hub_strategy=every_save: expected 'end'"):
-        make_trainer(home, rows, tmp_path, push_to_hub=True, hub_strategy="every_save")
-    make_trainer(home, rows, tmp_path, push_to_hub=True)
 
 
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -407,7 +410,7 @@ def test_samples_are_drawn_from_a_zip_archive_and_without_a_question(home, tmp_p
     sheet = SampleSheet(load_conversations(data, archive), make_processor())
     state = SimpleNamespace(is_world_process_zero=True, global_step=7)
     assert [row["conversations"][-1]["content"] for row in sheet.rows] == ["red"]
-    sheet.on_evaluate(SimpleNamespace(output_dir=tmp_path, fsdp=None), state, None, model=make_model())
+    sheet.on_evaluate(SimpleNamespace(output_dir=tmp_path), state, None, model=make_model())
     assert (tmp_path / "samples" / "step-000007.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -574,14 +577,6 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(home, rows, t
     trainer.create_model_card()
     # And its card counts the time of all its parts
     assert re.search(r"\| training time \| 10\d\d s \|", (tmp_path / "run" / "README.md").read_text())
-
-
-def test_fewer_steps_than_a_checkpoint_has_are_said(home, rows, two_checkpoints, tmp_path, caplog):
-    shutil.copytree(two_checkpoints, tmp_path / "run")
-    trainer = make_trainer(home, rows, tmp_path / "run", max_steps=5)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 8
-    assert re.search(r"Nothing is left to train: .*checkpoint-8 has 8 steps, and 5 are asked for", caplog.text)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -827,39 +822,61 @@ def test_the_best_checkpoint_is_loaded_in_two_processes(home, launch, tmp_path):
     assert all(torch.equal(tensor, best[name]) for name, tensor in saved.items())
 
 
-def test_fsdp_in_two_processes(home, rows, launch, tmp_path, uninterrupted):
-    held_out = tmp_path / "held_out.jsonl"
+def accelerate_environment(name: str) -> dict[str, str]:
+    """What `accelerate launch` tells processes, by one of our configurations."""
+    path = str(ROOT / "examples" / "accelerate" / f"{name}.yaml")
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "script.py"]))
+    if not args.use_deepspeed:
+        return prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(load_config_from_file(path).deepspeed_config)
+    return prepare_deepspeed_cmd_env(args)[1]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_sharded_by_two_processes_stopped_and_resumed(home, rows, launch, tmp_path, uninterrupted, engine):
+    if engine != "fsdp2":
+        pytest.importorskip("deepspeed")
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    held_out, output = tmp_path / "held_out.jsonl", tmp_path / "run"
     held_out.write_text("".join((home / "train.jsonl").read_text().splitlines(keepends=True)[:5]))
-    environment = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "MiniMindDecoderLayer",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }
-    done = launch(
-        tmp_path,
-        *("--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2),
-        *("--eval_files", held_out, "--eval_strategy", "steps", "--eval_steps", 12),
-        processes=2,
-        before=[ROOT / "tests" / "shard_on_cpu.py"],
-        environment=environment,
-    )
+
+    def run(*drivers):
+        drivers = [*([ROOT / "tests" / "shard_on_cpu.py"] if engine == "fsdp2" else []), *drivers]
+        arguments = ["--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2]
+        arguments += ["--eval_files", held_out, "--eval_strategy", "steps", "--eval_steps", 12]
+        return launch(output, *arguments, processes=2, before=drivers, environment=accelerate_environment(engine))
+
+    stopped = run(tmp_path / "interrupted.py")
+    assert stopped.returncode == 130, stopped.output[-3000:]
+    counts = make_model()
+    freeze(counts, "llm")
+    assert parameter_table(counts) in stopped.output
+    done = run()
     assert done.returncode == 0, done.output[-3000:]
-    assert "No samples are drawn: FSDP" in done.output
-    assert (tmp_path / "checkpoint-12" / "pytorch_model_fsdp.bin").exists()
-    assert losses(tmp_path) == pytest.approx(uninterrupted, abs=2e-5)
-    assert {"modeling_minimind_v.py", "processing_minimind_v.py"} <= {path.name for path in tmp_path.iterdir()}
-    assert not list(tmp_path.glob("_fsdp*"))
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert not torch.equal(
-        model.lm_head.weight, MiniMindVForConditionalGeneration.from_pretrained(home / "start").lm_head.weight
-    )
+    assert f"Going on from {output / 'checkpoint-4'}" in done.output
+    assert losses(output) == pytest.approx(uninterrupted, abs=2e-5)
+    assert {"modeling_minimind_v.py", "processing_minimind_v.py"} <= {path.name for path in output.iterdir()}
+    assert not list(output.glob("_fsdp*"))
+    assert parameter_table(counts) in (output / "README.md").read_text()
+    model = MiniMindVForConditionalGeneration.from_pretrained(output)
+    start = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
+    assert encoder_digest(model) == encoder_digest(start)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
     assert model.lm_head.weight is model.get_input_embeddings().weight
+    saved = load_checkpoint(output / "checkpoint-12").state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"checkpoint-8 was written with (FSDP|DeepSpeed ZeRO-\d in 2 processes), and its"):
+        make_trainer(home, rows, tmp_path / "other").train(resume_from_checkpoint=output / "checkpoint-8")
     # Of the 2 x 2 places in the last batch, one row fills one; the others count for nothing
-    history = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     (held_out_loss,) = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert held_out_loss == pytest.approx(mean_loss(model, rows.select(range(5))), abs=2e-5)
+    # The shards together answer as the whole does
+    sheet = SampleSheet(load_conversations(held_out, home / "images"), make_processor())
+    state = SimpleNamespace(is_world_process_zero=True, global_step=12)
+    sheet.on_evaluate(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
+    drawn, expected = (folder / "samples" / "step-000012.png" for folder in (output, tmp_path))
+    assert drawn.read_bytes() == expected.read_bytes()
 
 
 @torch.no_grad()
@@ -987,7 +1004,7 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
     language_model.save_pretrained(tmp_path / "llm")
     names = {"config": "config", "processor": "tokenizer", "vision_tower": "encoder", "language_model": "llm"}
     run = RunArguments(**{name: str(tmp_path / folder) for name, folder in names.items()})
-    model, processor = load_start(run, seed=1)
+    model, processor = load_start(run, TrainingArguments(use_cpu=True))
     assert processor.image_token_id == model.config.image_token_id == make_processor().image_token_id
     assert processor.image_processor.crop_size["height"] == 16
     for ours, theirs in (
@@ -1002,7 +1019,7 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
 
 def test_parts_that_do_not_fit_are_refused_at_once(home):
     with pytest.raises(ValueError, match="makes 16 tokens of an image, but --config minimind2-v-small expects 196"):
-        load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), seed=1)
+        load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), TrainingArguments())
 
 
 def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):

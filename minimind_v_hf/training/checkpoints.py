@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 RUN_FILE = "minimind_v_run.json"
 """Written last into a checkpoint, which is complete with it: size and CRC-32 of each file, the global batch size and the
-training seconds of the run, and which encoder is left out."""
+training seconds of the run, what shards it, and which encoder is left out."""
 
 ENCODER = "model.vision_tower."
 

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..chat import refuse_other_weights
@@ -52,12 +53,33 @@ def _load_whole(auto_class: Any, source: str) -> Any:
     return model
 
 
-def load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+@contextlib.contextmanager
+def _whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """Around the loading of a model: each process gets all of it under ZeRO-3 too, whose engine shards it later.
+
+    Until then weights are put together, counted and hashed, and images are encoded.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def load_start(run: RunArguments, args: TrainingArguments) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
     """The model and the processor to start from, as the arguments say: trained ones, or fresh weights put together.
 
     Raises:
         ValueError: they do not fit each other.
     """
+    with _whole_weights(args):
+        return _load_start(run, args.seed)
+
+
+def _load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
     if run.model is not None:
         if os.path.isdir(run.model) and not os.path.isfile(os.path.join(run.model, "config.json")):
             raise ValueError(f"Cannot load {run.model}: the folder has no config.json.")

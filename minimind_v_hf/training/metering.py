@@ -85,7 +85,7 @@ class StepMeter:
         self._model = model
         self._accelerator = accelerator
         self._pad_token_id = model.config.get_text_config().pad_token_id
-        self._flops: dict[str, float] = {}
+        self._flops = training_flops(model)  # now, since an engine may shard the weights later
         self._rate = 0.0
         self._reset()
 
@@ -99,7 +99,6 @@ class StepMeter:
         if not self._rate:
             precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
             self._rate = matmul_rate(self._accelerator.device, precision or self._model.dtype or torch.float32)
-            self._flops = training_flops(self._model)
         if self._started is None:
             self._started = time.perf_counter()
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..chat import answer_questions, encode_questions
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER
@@ -15,9 +15,6 @@ from ..files import write_file
 from ..model_card import model_card, table
 from ..processing_minimind_v import MiniMindVProcessor
 from .freezing import parameter_table
-
-
-logger = logging.get_logger(__name__)
 
 
 class SampleSheet(TrainerCallback):
@@ -35,20 +32,22 @@ class SampleSheet(TrainerCallback):
         self.processor = processor
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if args.fsdp or type(model).__name__.startswith(("FSDP", "FullyShardedDataParallel")):
-            logger.warning_once("No samples are drawn: FSDP shards the model that would answer.")
-        elif state.is_world_process_zero and self.rows:
-            folder = Path(args.output_dir) / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            self._draw(model, folder / f"step-{state.global_step:06d}.png")
-
-    def _draw(self, model, path: Path) -> None:
-        from ..drawing import Panel, draw_sheet, shorten  # matplotlib is optional
-
+        if not self.rows:
+            return
         images = [[read_image(source) for source in row["images"]] for row in self.rows]
         prompts = encode_questions(self.processor, [row["conversations"][:-1] for row in self.rows], images)
+        # In every process: where weights are sharded, a layer waits for all of them
+        answers = answer_questions(model, self.processor, prompts)
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._draw(images, answers, folder / f"step-{state.global_step:06d}.png")
+
+    def _draw(self, images: list[list[Image.Image]], answers: list[str], path: Path) -> None:
+        from ..drawing import Panel, draw_sheet, shorten  # matplotlib is optional
+
         panels = []
-        for row, own, answer in zip(self.rows, images, answer_questions(model, self.processor, prompts), strict=True):
+        for row, own, answer in zip(self.rows, images, answers, strict=True):
             *_, question, right = (message["content"].replace(IMAGE_PLACEHOLDER, "") for message in row["conversations"])
             question, answer, right = (
                 textwrap.fill(f"{name} {shorten(text, 90)}", 36 if text.isascii() else 20)

@@ -3,6 +3,7 @@
 The loop itself, parallelism, precision and logging are those of transformers and accelerate.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -15,8 +16,9 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data import PixelNormalizer
@@ -58,11 +60,16 @@ class MiniMindVTrainer(Trainer):
 
     Raises:
         ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted; one
-            process has several cards; or checkpoints would be pushed to the Hub.
+            process has several cards; the model was loaded in shards; or FSDP is of version 1, which was never tried.
     """
 
     def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise ValueError(
+                "The weights are sharded already (ZeRO-3), and can be neither counted nor hashed: load the model with "
+                "`load_start`, or before the TrainingArguments are made."
+            )
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor}: expected 0. Trainer does not shift the labels of "
@@ -73,11 +80,8 @@ class MiniMindVTrainer(Trainer):
                 f"One process for {self.args.n_gpu} cards would cut a batch of images into as many rows as there are texts: "
                 "start with `accelerate launch`, or show it one card with CUDA_VISIBLE_DEVICES=0."
             )
-        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
-            raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value}: expected 'end'. Only the finished model is pushed, since "
-                "checkpoints leave a frozen encoder out."
-            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("FSDP version 1: expected 2. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does.")
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
         self.start = getattr(self.bare_model(), "name_or_path", "") or None
@@ -203,6 +207,11 @@ class MiniMindVTrainer(Trainer):
         self._resumed_step, self._seconds_before = 0, 0.0
         if resume_from_checkpoint:
             run = check_checkpoint(resume_from_checkpoint)
+            if run["engine"] != self._engine():
+                raise ValueError(
+                    f"{resume_from_checkpoint} was written with {run['engine']}, and its optimizer cannot be read with "
+                    f"{self._engine()}: start the run as it was started before."
+                )
             if run["encoder"] is not None:
                 digest = self._encoder["sha256"] if self._encoder else encoder_digest(self.bare_model())
                 require_encoder(digest, run, resume_from_checkpoint)
@@ -224,12 +233,16 @@ class MiniMindVTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         """As in `Trainer`, but no epoch is left to a run that was killed after its last step: it would take one step more."""
         num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed_step > max_steps:
-            logger.warning(
-                f"Nothing is left to train: {self._loading_from} has {self._resumed_step} steps, and {max_steps} are asked "
-                "for. The model is that of the checkpoint."
-            )
         return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
+
+    def _engine(self) -> str:
+        """What shards weights and optimizer, and with that the form of a checkpoint."""
+        if self.is_fsdp_enabled:
+            return "FSDP"
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            return f"DeepSpeed ZeRO-{stage} in {self.args.world_size} processes"
+        return "nothing sharded"
 
     def global_batch_size(self) -> int:
         """Samples in an optimiser step, over all processes."""
@@ -268,8 +281,13 @@ class MiniMindVTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 run = {"global_batch_size": self.global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
-                mark_complete(folder, run)
+                mark_complete(folder, run | {"engine": self._engine()})
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: `_save_checkpoint` pushes when the checkpoint is complete."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model and its processor, as a folder for the Hub; no file of it is ever half written."""
@@ -322,5 +340,14 @@ class MiniMindVTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: recipe, data counts, results and curves. `Trainer` would write its own."""
-        if self.is_world_process_zero():
-            write_model_card(self)
+        with self._gathered():
+            if self.is_world_process_zero():
+                write_model_card(self)
+
+    def _gathered(self) -> contextlib.AbstractContextManager:
+        """Around what counts the weights: under ZeRO-3 each process has a part of them alone."""
+        if not is_deepspeed_zero3_enabled():
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
