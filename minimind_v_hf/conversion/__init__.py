@@ -6,7 +6,7 @@ from_native.convert("sft_vlm_512.pth", "openai/clip-vit-base-patch16", "minimind
 """
 
 from . import from_native, to_llava, to_native
-from .native_files import ConversionError
+from .report import ConversionError
 
 
 __all__ = ["ConversionError", "from_native", "to_llava", "to_native"]

@@ -3,17 +3,16 @@
 Sizes come from the embedding and from layer 0; the audit finds the tensors that differ from them.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
-from .key_table import Generation
-from .native_files import ConversionError, first_line
+from .key_table import Generation, key_table
+from .report import ConversionError, explained
 
 
 RELEASES: dict[Generation, str] = {
@@ -25,27 +24,33 @@ IMAGE_TOKENS: dict[Generation, int] = {"minimind2-2025-02": 196, "minimind2": 19
 """Image tokens that the released models were trained with."""
 
 DEFAULT_HEADS = 8  # in every release
+
+# What no tensor tells, as published
+_PUBLISHED = {"num_attention_heads": DEFAULT_HEADS, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
+_PUBLISHED_OF_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01, "seq_aux": True, "norm_topk_prob": True}
+_PUBLISHED_OTHERWISE: dict[Generation, dict[str, Any]] = {
+    "minimind2-2025-02": {"router_aux_loss_coef": 0.1},
+    "minimind2": {},
+    "minimind-3": {"rms_norm_eps": 1e-6, "num_experts_per_tok": 1, "router_aux_loss_coef": 5e-4, "seq_aux": False},
+}
 _YARN = {"factor": 16, "original_max_position_embeddings": 2048, "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
 
-# Ours: type, and the names in a native config.json, of MiniMind2-V and minimind-3v, and of the first MiniMind2-V
-_CONFIG_NAMES: dict[str, tuple[type, tuple[str, ...]]] = {
-    "vocab_size": (int, ("vocab_size",)),
-    "hidden_size": (int, ("hidden_size", "dim")),
-    "intermediate_size": (int, ("intermediate_size", "hidden_dim")),
-    "num_hidden_layers": (int, ("num_hidden_layers", "n_layers")),
-    "num_attention_heads": (int, ("num_attention_heads", "n_heads")),
-    "num_key_value_heads": (int, ("num_key_value_heads", "n_kv_heads")),
-    "rms_norm_eps": (float, ("rms_norm_eps", "norm_eps")),
-    "max_position_embeddings": (int, ("max_position_embeddings", "max_seq_len")),
-    "hidden_act": (str, ("hidden_act",)),
-    "tie_word_embeddings": (bool, ("tie_word_embeddings",)),
-    "num_experts_per_tok": (int, ("num_experts_per_tok",)),
-    "norm_topk_prob": (bool, ("norm_topk_prob",)),
-    "seq_aux": (bool, ("seq_aux",)),
-    "router_aux_loss_coef": (float, ("router_aux_loss_coef", "aux_loss_alpha")),
-    "rope_theta": (float, ("rope_theta",)),
-    "rope_scaling": (dict, ("rope_scaling",)),
-    "inference_rope_scaling": (bool, ("inference_rope_scaling",)),
+# What is read of a native config.json; the first MiniMind2-V had other names
+_NATIVE_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("num_experts_per_tok", "norm_topk_prob", "seq_aux", "router_aux_loss_coef", "rms_norm_eps", "hidden_act"),
+    *("max_position_embeddings", "tie_word_embeddings", "rope_theta", "rope_scaling", "inference_rope_scaling"),
+)
+_OPTIONS = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings")
+_FIRST_NAMES = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_seq_len",
+    "router_aux_loss_coef": "aux_loss_alpha",
 }
 
 
@@ -57,21 +62,79 @@ class Architecture:
         generation: how its tensors are named.
         config: ours. Of the whole model, or of the language model where no encoder was given.
         has_projector: False for language-model weights.
-        rows: what, how much, and from where, for the table that the user reads.
+        heads_are_assumed: nothing tells the number of heads, so it is that of the releases.
+        rows: the fields of the configuration, their values, and where these are from, for the table that the user reads.
     """
 
     generation: Generation
     config: MiniMindVConfig | MiniMindVTextConfig
     has_projector: bool
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    heads_are_assumed: bool
+    rows: list[tuple[str, object, str]]
+
+
+def detect(
+    shapes: Mapping[str, tuple[int, ...]],
+    native_config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    vision_config: PreTrainedConfig | None = None,
+    image_token_id: int | None = None,
+) -> Architecture:
+    """Read the architecture.
+
+    Args:
+        shapes: of all tensors, by native name.
+        native_config: config.json of a native folder, or an empty dict.
+        options: what the user tells of the language model, by the fields of our configuration and `inference_rope_scaling`;
+            `vocab_size` is the tokenizer's.
+        vision_config, image_token_id: of the encoder and of the tokenizer; None for a language model alone.
+
+    Raises:
+        ConversionError: the tensors, the options and the configurations contradict each other, or no such model can be.
+    """
+    generation = detect_generation(shapes)
+    native = {name: native_config.get(name, native_config.get(_FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
+    told = [("config.json", name, value) for name, value in native.items() if value is not None]
+    told += [(_flag(name), name, value) for name, value in options.items()]
+    published = _PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]
+    values = published | {name: value for _, name, value in told}
+    sizes = _sizes(shapes, generation, values["num_attention_heads"])
+    for source, name, value in told:
+        if name in sizes and sizes[name] != value:
+            raise ConversionError(f"{source} says {name}={value}, but the weights have {sizes[name]}")
+    values = sizes | values | sizes  # in this order for the table
+    if not sizes["num_experts"]:
+        if "num_experts_per_tok" in options:
+            raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")
+        values = {name: value for name, value in values.items() if name not in _PUBLISHED_OF_EXPERTS}
+    origin = {name: source for source, name, _ in told} | dict.fromkeys(sizes, "weights")
+    rope = _rope(generation, origin.get("inference_rope_scaling"), values)
+
+    rows: list[tuple[str, object, str]] = [("release", RELEASES[generation], "weights")]
+    for name, value in values.items():
+        option = f"; else pass {_flag(name)}" if name in _OPTIONS else ""
+        rows.append((name, value, origin.get(name, f"published default{option}")))
+    source = origin.get("inference_rope_scaling", "published default; for YaRN pass --inference-rope-scaling")
+    rows.append(("rope_parameters", f"{rope['rope_type']}, base {rope['rope_theta']}", source))
+    has_projector = any(name.startswith("vision_proj.") for name in shapes)
+    with explained("MiniMind cannot be so"):
+        config: MiniMindVConfig | MiniMindVTextConfig = MiniMindVTextConfig(**values, rope_parameters=rope)
+        if vision_config is not None:
+            projector = _projector(shapes, generation, vision_config.hidden_size)
+            parts = {"text_config": config, "vision_config": vision_config, "image_token_id": image_token_id}
+            config = MiniMindVConfig(**parts, **projector)
+            rows += [
+                (name, value, "weights" if has_projector else "new: the file has none") for name, value in projector.items()
+            ]
+            rows.append(("vision_config", f"{vision_config.model_type}, {vision_config.image_size} px", "--vision-tower"))
+            rows.append(("image_seq_length", config.image_seq_length, "--vision-tower"))
+            rows.append(("image_token_id", image_token_id, "--tokenizer"))
+    config.native_generation = generation  # for the way back
+    return Architecture(generation, config, has_projector, "num_attention_heads" not in origin, rows)
 
 
 def detect_generation(names: Iterable[str]) -> Generation:
-    """How the decoder's tensors are named.
-
-    Raises:
-        ConversionError: there is no MiniMind decoder.
-    """
+    """How the decoder's tensors are named. Raises ConversionError where there is no MiniMind decoder."""
     names = list(names)
     first = sum(name.startswith(("tok_embeddings.", "layers.", "output.")) for name in names)
     later = sum(name.startswith(("model.layers.", "lm_head.")) for name in names)
@@ -79,205 +142,82 @@ def detect_generation(names: Iterable[str]) -> Generation:
         return "minimind2-2025-02"
     if later:
         return "minimind-3" if any(name.endswith("self_attn.q_norm.weight") for name in names) else "minimind2"
-    hint = ""
-    for prefix, wrapper in (("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile")):
-        if all(name.startswith(prefix) for name in names):
-            hint = f" (all begin with {prefix!r}, the mark of {wrapper}: save the wrapped model's state dict)"
-    if any("lora" in name.lower() for name in names):
-        hint = " (LoRA weights hold only what was changed: merge them into the full weights first)"
-    if all(name.startswith("vision_proj.") for name in names):
-        hint = " (a projector alone)"
-    raise ConversionError(f"no MiniMind language model is in this file: its tensors are {', '.join(names[:3])}, …{hint}")
-
-
-def detect(
-    shapes: Mapping[str, tuple[int, ...]],
-    native_config: dict[str, Any],
-    vision_config: PreTrainedConfig | None = None,
-    image_token_id: int | None = None,
-    *,
-    num_attention_heads: int | None = None,
-    num_experts_per_tok: int | None = None,
-    inference_rope_scaling: bool = False,
-    max_position_embeddings: int | None = None,
-) -> Architecture:
-    """Read the architecture.
-
-    Args:
-        shapes: of all tensors, by native name.
-        native_config: config.json of a native folder, or an empty dict.
-        vision_config: of the encoder; None for a language model alone.
-        image_token_id: of the tokenizer; None for a language model alone.
-        num_attention_heads, num_experts_per_tok, inference_rope_scaling, max_position_embeddings: what the user tells.
-
-    Raises:
-        ConversionError: the tensors, the options and the configurations contradict each other.
-    """
-    generation = detect_generation(shapes)
-    is_first, is_3 = generation == "minimind2-2025-02", generation == "minimind-3"
-    given = _from_native_config(native_config)
-    rows = [("release", RELEASES[generation], "names of the tensors")]
-
-    def rows_of(name: str) -> int:
-        """Rows of a tensor of layer 0, or of a whole name."""
-        full_name = (
-            name if name in ("output.weight", "lm_head.weight") else ("layers.0." if is_first else "model.layers.0.") + name
-        )
-        if not shapes.get(full_name):
-            raise ConversionError(f"this is no complete MiniMind model: it has no tensor {full_name}")
-        return shapes[full_name][0]
-
-    def choose(name: str, option: int | None, default: int) -> int:
-        """What the tensors do not tell: from the user, from config.json, or as published."""
-        flag = f"--{name.replace('_', '-')}"
-        sources = ((option, flag), (given.get(name), "config.json"), (default, f"published default; else pass {flag}"))
-        value, source = next((value, source) for value, source in sources if value is not None)
-        rows.append((name, str(value), source))
-        return value
-
-    text: dict[str, Any] = {
-        "vocab_size": rows_of("output.weight" if is_first else "lm_head.weight"),
-        "hidden_size": rows_of("attention_norm.weight" if is_first else "input_layernorm.weight"),
-        "num_hidden_layers": _count(shapes, r"layers\.(\d{1,6})\." if is_first else r"model\.layers\.(\d{1,6})\."),
+    causes = {
+        "lora": "LoRA weights hold only what was changed: merge them into the full weights first",
+        "module.": "the names begin with 'module.', the mark of DistributedDataParallel: save the wrapped model's state dict",
+        "_orig_mod.": "the names begin with '_orig_mod.', the mark of torch.compile: save the wrapped model's state dict",
+        "vision_proj.": "a projector alone",
     }
-    rows += [(name, str(value), "names and shapes") for name, value in text.items()]
-
-    # ── Attention ──
-    q_rows, k_rows = (rows_of(f"attention.w{x}.weight" if is_first else f"self_attn.{x}_proj.weight") for x in "qk")
-    if is_3:
-        head_dim = rows_of("self_attn.q_norm.weight")
-        heads = _divide(q_rows, head_dim, f"{q_rows} rows of q_proj do not split into heads of width {head_dim} (q_norm)")
-        told = given.get("num_attention_heads", heads) if num_attention_heads is None else num_attention_heads
-        if told != heads:
-            raise ConversionError(f"{told} heads were asked for, but the weights have {heads}: q_norm is {head_dim} wide")
-        rows.append(("num_attention_heads", str(heads), f"shapes: {q_rows} rows of q_proj, q_norm {head_dim} wide"))
-    else:
-        heads = choose("num_attention_heads", num_attention_heads, DEFAULT_HEADS)
-        head_dim = _divide(q_rows, heads, f"{q_rows} rows of q_proj do not split into {heads} heads")
-    advice = "pass the right --num-attention-heads"
-    kv_heads = _divide(k_rows, head_dim, f"{k_rows} rows of k_proj do not split into heads of width {head_dim}: {advice}")
-    text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "use_qk_norm": is_3}
-    rows.append(("num_key_value_heads", str(kv_heads), f"shapes: {k_rows} rows of k_proj, {head_dim} to a head"))
-
-    # ── Feed-forward ──
-    mlp, gate = ("feed_forward", "w1") if is_first else ("mlp", "gate_proj")
-    num_experts = _count(shapes, r".*\.(?:mlp|feed_forward)\.experts\.(\d{1,6})\.")
-    text["intermediate_size"] = rows_of(f"{mlp}.experts.0.{gate}.weight" if num_experts else f"{mlp}.{gate}.weight")
-    rows.append(("intermediate_size", str(text["intermediate_size"]), "shapes"))
-    text["num_experts"] = num_experts
-    rows.append(("num_experts", str(num_experts) if num_experts else "0 (dense)", "names of the tensors"))
-    if num_experts:
-        # The first MiniMind2-V has one, without a number
-        shared = int(any(".shared_experts.w1" in name for name in shapes)) or _count(shapes, r".*\.shared_experts\.(\d{1,6})\.")
-        text["num_shared_experts"] = shared
-        rows.append(("num_shared_experts", str(shared), "names of the tensors"))
-        text["num_experts_per_tok"] = choose("num_experts_per_tok", num_experts_per_tok, 1 if is_3 else 2)
-        coefficient = {"minimind2-2025-02": 0.1, "minimind2": 0.01, "minimind-3": 5e-4}[generation]
-        defaults = {"router_aux_loss_coef": coefficient, "seq_aux": not is_3, "norm_topk_prob": True}
-        text |= {name: given.get(name, default) for name, default in defaults.items()}
-    elif num_experts_per_tok is not None:
-        raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")
-
-    # ── The rest ──
-    text["rms_norm_eps"] = given.get("rms_norm_eps", 1e-6 if is_3 else 1e-5)
-    rows.append(("rms_norm_eps", str(text["rms_norm_eps"]), "config.json" if "rms_norm_eps" in given else "release"))
-    text |= {"hidden_act": given.get("hidden_act", "silu"), "tie_word_embeddings": given.get("tie_word_embeddings", True)}
-    longest = choose("max_position_embeddings", max_position_embeddings, 32768)
-    text["max_position_embeddings"] = longest
-    text["rope_parameters"] = _rope(inference_rope_scaling, given, longest, is_first, rows)
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size"):
-        if given.get(name, text[name]) != text[name]:
-            raise ConversionError(f"config.json says {name}={given[name]}, but the weights have {text[name]}")
-    has_projector = any(name.startswith("vision_proj.") for name in shapes)
-    try:
-        config: MiniMindVConfig | MiniMindVTextConfig = MiniMindVTextConfig(**text)
-        if vision_config is not None:
-            projector = _projector(shapes, has_projector, is_3, vision_config.hidden_size)
-            parts = {"text_config": config, "vision_config": vision_config, "image_token_id": image_token_id}
-            config = MiniMindVConfig(**parts, **projector)
-            rows += _rows_of_vision(config, "names and shapes" if has_projector else "new: this file has none")
-    except (ValueError, TypeError) as error:
-        raise ConversionError(first_line(error)) from None
-    config.native_generation = generation  # for the way back
-    return Architecture(generation, config, has_projector, rows)
+    cause = next((f" ({causes[part]})" for part in causes if any(part in name.lower() for name in names)), "")
+    raise ConversionError(f"no MiniMind language model is in this file: its tensors are {', '.join(names[:3])}, …{cause}")
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many numbers, from 0 on, stand in the names; one too large to count the tensors of this file is none."""
-    numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
-    return max((number + 1 for number in numbers if number < len(shapes)), default=0)
+def _flag(name: str) -> str:
+    return "--tokenizer" if name == "vocab_size" else f"--{name.replace('_', '-')}"
 
 
-def _divide(number: int, by: int, otherwise: str) -> int:
-    if by < 1 or number < by or number % by:
-        raise ConversionError(otherwise)
-    return number // by
+def _sizes(shapes: Mapping[str, tuple[int, ...]], generation: Generation, heads: int) -> dict[str, Any]:
+    """The fields of our configuration that tensors tell; `heads` of queries, where no q/k norm tells how wide one is."""
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.search(pattern, name))})
+
+    experts = count(r"\.experts\.(\d+)\.")
+    # The first MiniMind2-V has one shared expert, without a number
+    shared = count(r"\.shared_experts\.(\d+)\.") or count(r"\.(shared_experts)\.")
+    is_3 = generation == "minimind-3"
+    layer = MiniMindVTextConfig(num_hidden_layers=1, num_experts=experts, num_experts_per_tok=1, use_qk_norm=is_3)
+    native = {row.ours.removeprefix("model.layers.0."): row.native[0] for row in key_table(layer, generation)}
+
+    def rows_of(ours: str) -> int:
+        if not shapes.get(native[ours]):
+            raise ConversionError(f"this is no complete MiniMind model: it has no tensor {native[ours]}")
+        return shapes[native[ours]][0]
+
+    def split(projection: str, by: int, parts: str) -> int:
+        rows = rows_of(f"self_attn.{projection}.weight")
+        if by < 1 or rows < by or rows % by:
+            raise ConversionError(
+                f"{rows} rows of {projection} do not split into {parts}: pass the right --num-attention-heads"
+            )
+        return rows // by
+
+    head_dim = rows_of("self_attn.q_norm.weight") if is_3 else split("q_proj", heads, f"{heads} heads")
+    return {
+        "vocab_size": rows_of("lm_head.weight"),
+        "hidden_size": rows_of("input_layernorm.weight"),
+        "intermediate_size": rows_of("mlp.experts.gate_up_proj" if experts else "mlp.gate_proj.weight"),
+        "num_hidden_layers": count(r"^(?:model\.)?layers\.(\d+)\."),
+        "num_key_value_heads": split("k_proj", head_dim, f"heads of width {head_dim}"),
+        "head_dim": head_dim,
+        "use_qk_norm": is_3,
+        "num_experts": experts,
+        "num_shared_experts": shared,
+        **({"num_attention_heads": split("q_proj", head_dim, f"heads of width {head_dim}")} if is_3 else {}),
+    }
 
 
-def _from_native_config(native: dict[str, Any]) -> dict[str, Any]:
-    """By our names, with values of the right type. null stands for nothing."""
-    found = {}
-    for ours, (kind, names) in _CONFIG_NAMES.items():
-        for name in names:
-            value = native.get(name)
-            if value is None or ours in found:
-                continue
-            fits = type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
-            if not fits:
-                raise ConversionError(f"config.json says {name}={value!r}, where {kind.__name__} was expected")
-            found[ours] = value
-    return found
+def _rope(generation: Generation, wanted_by: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Takes RoPE's settings out of `values`. Native MiniMind-V applies YaRN only beyond the length of its training."""
+    wanted, scaling = values.pop("inference_rope_scaling", False), values.pop("rope_scaling", {})
+    theta = {"rope_theta": values.pop("rope_theta", MiniMindVTextConfig.default_theta)}
+    longest = values["max_position_embeddings"]
+    scaling = _YARN | {name: value for name, value in scaling.items() if name in _YARN}
+    if wanted and generation == "minimind2-2025-02":
+        raise ConversionError(f"{wanted_by}: the first MiniMind2-V has no YaRN")
+    if wanted and longest > scaling["original_max_position_embeddings"]:
+        return {"rope_type": "yarn", **theta, **scaling}
+    if wanted and wanted_by != "config.json":
+        beyond = f"native MiniMind-V applies it beyond {scaling['original_max_position_embeddings']}"
+        raise ConversionError(f"{wanted_by} has no effect with max_position_embeddings={longest}: {beyond}")
+    return {"rope_type": "default", **theta}
 
 
-def _rope(wanted: bool, given: dict[str, Any], longest: int, is_first: bool, rows: list) -> dict[str, Any]:
-    """Native MiniMind-V applies YaRN where it is asked for, and only beyond the length of its training."""
-    theta = float(given.get("rope_theta", 1e6))
-    scaling = dict(_YARN)
-    for name, value in given.get("rope_scaling", {}).items():
-        if name in _YARN:
-            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-                raise ConversionError(
-                    f"config.json says rope_scaling[{name!r}]={value!r}, where a positive number was expected"
-                )
-            scaling[name] = value
-    original = scaling["original_max_position_embeddings"]
-    if wanted and is_first:
-        raise ConversionError("--inference-rope-scaling: the first MiniMind2-V has no YaRN")
-    if wanted and longest <= original:
-        raise ConversionError(
-            f"--inference-rope-scaling has no effect with max_position_embeddings={longest}: native MiniMind-V applies it "
-            f"beyond {original}"
-        )
-    if (wanted or given.get("inference_rope_scaling", False)) and longest > original:
-        source = "--inference-rope-scaling" if wanted else "config.json"
-        rows.append(("RoPE", f"YaRN, factor {scaling['factor']}, base {theta:g}", source))
-        return {"rope_type": "yarn", "rope_theta": theta, **scaling}
-    source = "config.json" if "rope_theta" in given else "published default; for YaRN pass --inference-rope-scaling"
-    rows.append(("RoPE", f"plain, base {theta:g}", source))
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-def _projector(shapes: Mapping[str, tuple[int, ...]], is_there: bool, is_3: bool, width: int) -> dict[str, Any]:
-    """The fields of our configuration that describe the projector: of the file, or of the release."""
-    if not is_there:
-        return {"projector_num_layers": 2, "projector_layer_norm": True} if is_3 else {"projector_num_layers": 1}
-    if any(name.startswith("vision_proj.vision_proj.") for name in shapes):
-        return {"projector_num_layers": 1}
-    first = shapes.get("vision_proj.mlp.0.weight", ())
-    fields: dict[str, Any] = {"projector_num_layers": 2, "projector_layer_norm": len(first) == 1}
-    if len(first) == 2 and first[1] % width == 0:  # minimind-3v of early April 2026 takes several patches at once
-        fields["patches_per_token"] = first[1] // width
-    return fields
-
-
-def _rows_of_vision(config: MiniMindVConfig, source: str) -> list[tuple[str, str, str]]:
-    kind = "Linear, GELU, Linear" if config.projector_num_layers == 2 else "Linear"
-    kind = f"LayerNorm, {kind}" if config.projector_layer_norm else kind
-    kind += f", {config.patches_per_token} patches joined" if config.patches_per_token > 1 else ""
-    vision = config.vision_config
-    encoder = f"{vision.model_type}, {vision.image_size} px, {config.image_seq_length} image tokens"
-    return [
-        ("projector", kind, source),
-        ("image encoder", encoder, "--vision-tower"),
-        ("image token", f"id {config.image_token_id}", "--tokenizer"),
-    ]
+def _projector(shapes: Mapping[str, tuple[int, ...]], generation: Generation, width: int) -> dict[str, Any]:
+    """The fields of our configuration that describe the projector: of the file, or of the release where it has none."""
+    first = shapes.get("vision_proj.mlp.0.weight")
+    if first is None:
+        is_3 = generation == "minimind-3" and "vision_proj.vision_proj.0.weight" not in shapes
+        return {"projector_num_layers": 2 if is_3 else 1, "projector_layer_norm": is_3}
+    joined = first[1] // width if len(first) == 2 and first[1] % width == 0 else 1  # minimind-3v of early April 2026
+    return {"projector_num_layers": 2, "projector_layer_norm": len(first) == 1, "patches_per_token": joined}

@@ -1,11 +1,26 @@
-"""What the converters print: aligned tables on the standard output, and one line on the standard error when they stop."""
+"""What the converters say: aligned tables on the standard output, and on the standard error warnings and why they stop."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers.utils import logging
 
-from .native_files import ConversionError
+
+class ConversionError(ValueError):
+    """Why a conversion cannot be done, for the person who asked for it."""
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever a library raises on files that it cannot read, as a ConversionError that begins with what was being done."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConversionError(f"{what} ({first_line[:300]})") from error
 
 
 def print_table(title: str, rows: Iterable[Sequence[object]]) -> None:

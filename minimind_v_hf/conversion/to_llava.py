@@ -23,9 +23,8 @@ from transformers import (
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..processing_minimind_v import MiniMindVProcessor
-from .folders import check_output, empty_model, new_folder, read_model_folder, save_model
-from .native_files import ConversionError, first_line
-from .report import print_table
+from .folders import check_output, empty_model, new_folder, read_model_folder
+from .report import ConversionError, explained, print_table
 from .verification import verify
 
 
@@ -66,26 +65,23 @@ def convert(model: str | Path, output: str | Path, *, overwrite: bool = False) -
             tensors["model.multi_modal_projector.linear_2.bias"] = torch.zeros(len(like), dtype=like.dtype)
     stock.load_state_dict(tensors, strict=True, assign=True)  # the names are the same
     stock.tie_weights()
-    try:
+    with explained(f"{folder}: its processor or generation_config.json cannot be read"):
         if (folder / "generation_config.json").is_file():
             stock.generation_config = GenerationConfig.from_pretrained(folder)
         processor = stock_processor(folder, stock_config)
-    except Exception as error:  # whatever damaged files make their readers raise
-        raise ConversionError(
-            f"{folder}: its processor or generation_config.json cannot be read ({first_line(error)})"
-        ) from None
 
-    dtype = stock.lm_head.weight.dtype
     with new_folder(output) as staging:
         # As published LLaVAs have it: transformers 5 reads it with and without `vision_model`, vLLM's LLaVA only with
         tower = "model.vision_tower."
         state_dict = {name.replace(tower, f"{tower}vision_model."): tensor for name, tensor in stock.state_dict().items()}
-        save_model(stock, staging, dtype, state_dict)
+        stock.save_pretrained(staging, state_dict=state_dict)
+        stock.config.dtype = stock.lm_head.weight.dtype  # transformers writes that of the first tensor, which is the encoder's
+        stock.config.save_pretrained(staging)
         if processor is not None:
             processor.save_pretrained(staging)
         difference = verify(ours, staging, remote_code=False)
     rows = [("model", type(stock).__name__), ("decoder", stock_config.get_text_config().model_type)]
-    rows += [("parameters", f"{sum(p.numel() for p in stock.parameters()) / 1e6:.1f}M"), ("dtype", str(dtype).split(".")[1])]
+    rows += [("parameters", f"{stock.num_parameters() / 1e6:.1f}M"), ("dtype", str(stock.config.dtype).removeprefix("torch."))]
     rows += [("checked", f"logits differ by {difference:.1e} at most, greedy tokens are equal")]
     print_table(f"{folder} as a stock model", rows)
     print(f"\nWritten to {output}")

@@ -8,9 +8,8 @@ import torch
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from .architecture import DEFAULT_HEADS, RELEASES
 from .folders import read_model_folder
-from .key_table import Generation, key_table
-from .native_files import ConversionError
-from .report import print_table
+from .key_table import Generation, key_table, to_native
+from .report import ConversionError, explained, print_table
 
 
 def convert(model: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
@@ -31,33 +30,18 @@ def convert(model: str | Path, output: str | Path, *, dtype: torch.dtype | None 
     if output.exists() and not overwrite:
         raise ConversionError(f"--output {output} is there already: choose another name, or pass --overwrite")
     config, tensors = read_model_folder(model, with_encoder=False)
-    generation = native_generation(config)
-    try:
+    latest: Generation = "minimind-3" if config.get_text_config().use_qk_norm else "minimind2"
+    generation: Generation = getattr(config, "native_generation", latest)  # a model made here has none
+    with explained(f"{model} has no native form"):
         table = key_table(config, generation)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
     print_table(f"Native model of {model}", native_options(config, generation))
-    state_dict: dict[str, torch.Tensor] = {}
-    for row in table:
-        tensor = tensors[row.ours].to(dtype) if dtype else tensors[row.ours]
-        parts = row.transform.to_native(tensor, len(row.native))
-        # Clones, so that a part does not bring its whole with it into the file
-        parts = [part if len(parts) == 1 else part.clone() for part in parts]
-        state_dict |= zip(row.native, parts, strict=True)
+    state_dict = {name: tensor.to(dtype or tensor.dtype) for name, tensor in to_native(tensors, table).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
         torch.save(state_dict, Path(work, output.name))
         Path(work, output.name).replace(output)
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()}))
     print(f"\n{len(state_dict)} tensors ({dtypes}) without the image encoder, written to {output}")
-
-
-def native_generation(config: MiniMindVConfig | MiniMindVTextConfig) -> Generation:
-    """The release whose names a model came with; for one made here, the latest that fits."""
-    remembered = getattr(config, "native_generation", None)
-    if remembered in list(RELEASES):  # anything may stand in a config.json
-        return remembered
-    return "minimind-3" if config.get_text_config().use_qk_norm else "minimind2"
 
 
 def native_options(config: MiniMindVConfig | MiniMindVTextConfig, generation: Generation) -> list[tuple[str, object]]:

@@ -31,8 +31,7 @@ from ..preparation import build_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
 from ..shapes import all_scenes, draw, questions
 from .folders import check_output, empty_model, new_folder, read_model_folder
-from .native_files import ConversionError, first_line
-from .report import print_table, warn
+from .report import ConversionError, explained, print_table, warn
 from .to_llava import SHARED_FIELDS
 
 
@@ -411,14 +410,10 @@ def read_processor(folder: Path) -> tuple[MiniMindVProcessor, GenerationConfig |
     Raises:
         ConversionError: they are missing or damaged.
     """
-    try:
+    with explained(f"{folder}: its processor or generation_config.json cannot be read"):
         processor = MiniMindVProcessor.from_pretrained(folder)
         has_settings = (folder / "generation_config.json").is_file()
         generation_config = GenerationConfig.from_pretrained(folder) if has_settings else None
-    except Exception as error:  # whatever damaged files make their readers raise
-        raise ConversionError(
-            f"{folder}: its processor or generation_config.json cannot be read ({first_line(error)})"
-        ) from None
     # Templates that an earlier version of this package wrote use what the Jinja of transformers.js does not know
     settings = dict(re.findall(r"^\{%- set (\w+) = (.+?) -%\}$", processor.chat_template or "", re.MULTILINE)[:4])
     if list(settings) == ["image_token", "mark", "default_system", "thinking"]:
