@@ -132,18 +132,8 @@ def _by_sample(items: Any, is_nested: bool, placeholders: list[int] | None, kind
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     """Open a path, URL, base64 string or a file's bytes without decoding its pixels yet."""
-    file: Any = source
-    name = os.fspath(source)
     try:
-        if isinstance(name, bytes):
-            file = io.BytesIO(name)
-        elif name.lower().startswith(("http://", "https://")):
-            file = download(name, _MAX_DOWNLOAD)
-        elif not os.path.isfile(name):
-            if os.path.exists(name):  # a folder, or a pipe, which would be waited for
-                raise ValueError("it is not a regular file")
-            file = io.BytesIO(_decode_base64(name))
-        image = Image.open(file)
+        image = Image.open(find_file(source, _MAX_DOWNLOAD))
     except Image.UnidentifiedImageError as error:
         raise ValueError("the file is not an image in a known format") from error
     except Exception as error:  # decoders raise many kinds of errors on damaged bytes
@@ -156,7 +146,29 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     return image
 
 
-def download(url: str, max_bytes: int) -> io.BytesIO:
+def find_file(source: str | os.PathLike | bytes, max_bytes: int) -> Any:
+    """The name of a file, or the bytes that a URL, base64 data or the source itself stands for, as decoders open them.
+
+    Args:
+        source: a path, a URL, base64 data, or the bytes of a file.
+        max_bytes: of a download.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be downloaded.
+    """
+    name = os.fspath(source)
+    if isinstance(name, bytes):
+        return io.BytesIO(name)
+    if name.lower().startswith(("http://", "https://")):
+        return _download(name, max_bytes)
+    if os.path.isfile(name):
+        return name
+    if os.path.exists(name):  # a folder, or a pipe, which would be waited for
+        raise ValueError("it is not a regular file")
+    return io.BytesIO(_decode_base64(name))
+
+
+def _download(url: str, max_bytes: int) -> io.BytesIO:
     """The bytes behind a URL, `max_bytes` at most. Raises ValueError with the reason."""
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # as a browser does with 图.png
     request = urllib.request.Request(url, headers={"User-Agent": "minimind_v_hf"})

@@ -6,7 +6,6 @@ the next frame is far, so that an hour of video takes hardly longer than a few m
 This file is copied into every saved model folder. It depends on torch, numpy and Pillow alone until a video is read.
 """
 
-import io
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_reading_minimind_v import download, load_image
+from .image_reading_minimind_v import find_file, load_image
 
 
 MAX_NUM_FRAMES = 64
@@ -46,8 +45,8 @@ def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Imag
     """The frames of a video that the model is shown: see `read_video`.
 
     Args:
-        source: a path, a URL, the bytes of a file, or frames: a list of images or an array (frames, H, W, 3). Of frames, all
-            are taken, or `max_frames` of them at the middle of equal parts.
+        source: a path, a URL, base64 data, the bytes of a file, or frames: a list of images or an array (frames, H, W, 3). Of
+            frames, all are taken, or `max_frames` of them at the middle of equal parts.
         max_frames: frames at most.
 
     Raises:
@@ -55,15 +54,7 @@ def load_video(source: Any, max_frames: int = MAX_NUM_FRAMES) -> list[Image.Imag
         ImportError: PyAV is not installed.
     """
     if isinstance(source, (str, os.PathLike, bytes)):
-        name = os.fspath(source)
-        file: Any = name
-        if isinstance(name, bytes):
-            file = io.BytesIO(name)
-        elif name.lower().startswith(("http://", "https://")):
-            file = download(name, _MAX_VIDEO_DOWNLOAD)
-        elif not os.path.isfile(name):
-            raise ValueError("it is not a regular file" if os.path.exists(name) else "there is no such file, and it is no URL")
-        return read_video(file, max_frames)
+        return read_video(find_file(source, _MAX_VIDEO_DOWNLOAD), max_frames)
     if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)) or len(source) == 0:
         raise ValueError(f"expected a path, a URL or a list of frames, got {type(source).__name__}")
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:

@@ -1,5 +1,6 @@
 """Videos: which frames are taken of real files, how they reach the model, and what is said of files that are none."""
 
+import base64
 import sys
 import threading
 from fractions import Fraction
@@ -159,6 +160,8 @@ def test_prompts_with_videos(processor, clip):
     assert len(few["pixel_values"]) == 2
     assert len(processor(videos=[clip, frames[:1]], return_tensors="pt")["pixel_values"]) == 5
     assert len(processor(text="<video>", videos=clip.read_bytes(), return_tensors="pt")["pixel_values"]) == 4
+    encoded = base64.b64encode(clip.read_bytes()).decode()
+    assert len(processor(text="<video>", videos=f"data:video/mp4;base64,{encoded}", return_tensors="pt")["pixel_values"]) == 4
 
 
 def test_the_model_sees_the_frames(processor, clip):
