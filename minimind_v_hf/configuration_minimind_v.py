@@ -5,52 +5,78 @@ This file is copied into every saved model folder, so it depends on transformers
 
 import copy
 import math
-from typing import Any, ClassVar
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils.type_validators import activation_fn_key, interval
 
 
 __version__ = "0.2.0"
 
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Derived = Annotated[T, "None is replaced in __post_init__"]
+else:
+    Derived = Optional
 
-def _require(condition: bool, field: str, value: Any, expectation: str) -> None:
-    """Raise a ValueError that names the field, its value and what was expected."""
-    if not condition:
-        raise ValueError(f"{field}={value!r}: {expectation}.")
-
-
-def _is_count(value: Any, minimum: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+# Larger ones would be built until the memory is full
+_MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH, _MAX_VOCABULARY, _MAX_IMAGE_SIZE = 1024, 1024, 2**17, 2**22, 2**13
 
 
-_MAX_LAYERS = 1024
+def _with_value_errors(cls: type[T]) -> type[T]:
+    """Let @strict raise a ValueError of one line, and not its own type, when a config is made, changed or saved."""
+    set_attribute, validate_all = cls.__setattr__, cls.validate  # type: ignore[attr-defined]
+
+    def __setattr__(self, name, value):
+        try:
+            set_attribute(self, name, value)
+        except StrictDataclassError as error:
+            reason, kind = str(error.__cause__), self.__dataclass_fields__[name].type
+            if isinstance(error.__cause__, TypeError):
+                reason = f"expected {kind.__name__ if isinstance(kind, type) else str(kind).removeprefix('typing.')}."
+            raise ValueError(f"{name}={value!r}: {reason}") from None
+
+    @wraps(validate_all)
+    def validate(self):
+        try:
+            validate_all(self)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__)) from None
+
+    cls.__setattr__, cls.validate = __setattr__, validate  # type: ignore[method-assign, attr-defined]
+    return cls
 
 
-def _require_layers(field: str, value: Any) -> None:
-    """A model of very many layers would be built until the memory is full, and one of none answers at random."""
-    _require(_is_count(value) and value <= _MAX_LAYERS, field, value, f"expected a positive integer up to {_MAX_LAYERS}")
+# So that config.json holds the nested configs without the base class's defaults. 5.18 and 5.19 have no such thing, nor need it
+_sub_config = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
 
 
-def _require_booleans(config: PreTrainedConfig, *fields: str) -> None:
-    for field in fields:
-        _require(isinstance(getattr(config, field), bool), field, getattr(config, field), "expected True or False")
+def _require_integer(field: str, value: Any, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= highest:
+        raise ValueError(f"{field}={value!r}: expected an integer from 1 to {highest}.")
 
 
-def _require_activation(field: str, value: Any) -> None:
-    _require(isinstance(value, str) and value in ACT2FN, field, value, f"expected one of {', '.join(sorted(ACT2FN))}")
+class _NamesItsCode:
+    """A config whose saved folder names the code of the config, the models and the processor."""
+
+    hub_auto_map: ClassVar[dict[str, str]]
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write config.json with the whole `auto_map`, whichever Auto class this config came from."""
+        self.auto_map = dict(self.hub_auto_map)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
 
-class MiniMindVTextConfig(PreTrainedConfig):
-    r"""Configuration of the MiniMind decoder, for all its generations: what differs between them are fields here.
-
-    The defaults are MiniMind2 small (26M parameters).
+@_with_value_errors
+@strict
+class MiniMindVTextConfig(_NamesItsCode, PreTrainedConfig):
+    r"""Configuration of the MiniMind decoder, for all its generations. The defaults are MiniMind2 small (26M parameters).
 
     Args:
         vocab_size: number of token ids.
@@ -111,28 +137,28 @@ class MiniMindVTextConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    intermediate_size: int = None  # type: ignore[assignment]  # derived in __post_init__
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    head_dim: int = None  # type: ignore[assignment]  # derived in __post_init__
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
+    vocab_size: int = interval(min=1, max=_MAX_VOCABULARY)(default=6400)
+    hidden_size: int = interval(min=1, max=_MAX_WIDTH)(default=512)
+    intermediate_size: Derived[int] = None  # type: ignore[assignment]
+    num_hidden_layers: int = interval(min=1, max=_MAX_LAYERS)(default=8)
+    num_attention_heads: int = interval(min=1, max=_MAX_WIDTH)(default=8)
+    num_key_value_heads: int = interval(min=1, max=_MAX_WIDTH)(default=2)
+    head_dim: Derived[int] = None  # type: ignore[assignment]
+    hidden_act: str = activation_fn_key(default="silu")
+    max_position_embeddings: int = interval(min=1)(default=32768)
+    initializer_range: int | float = interval(min=0, max=1)(default=0.02)
+    rms_norm_eps: int | float = interval(min=0, max=1, exclude_min=True)(default=1e-5)
     use_qk_norm: bool = False
-    rope_parameters: dict = None  # type: ignore[assignment]  # derived in __post_init__
-    attention_dropout: float = 0.0
+    rope_parameters: Derived[dict] = None  # type: ignore[assignment]
+    attention_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    num_experts: int = 0
+    num_experts: int = interval(min=0, max=_MAX_EXPERTS)(default=0)
     num_experts_per_tok: int = 2
-    num_shared_experts: int = 0
-    moe_intermediate_size: int = None  # type: ignore[assignment]  # derived in __post_init__
+    num_shared_experts: int = interval(min=0, max=_MAX_EXPERTS)(default=0)
+    moe_intermediate_size: Derived[int] = None  # type: ignore[assignment]
     norm_topk_prob: bool = True
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: int | float = interval(min=0, max=1000)(default=0.01)
     seq_aux: bool = True
     output_router_logits: bool = False
     pad_token_id: int | None = 0
@@ -140,35 +166,18 @@ class MiniMindVTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            _require(_is_count(getattr(self, field)), field, getattr(self, field), "expected a positive integer")
-        _require_layers("num_hidden_layers", self.num_hidden_layers)
-        _require_booleans(
-            self,
-            *("use_qk_norm", "use_cache", "tie_word_embeddings", "norm_topk_prob", "seq_aux", "output_router_logits"),
-        )
         if self.head_dim is None:
-            _require(
-                self.hidden_size % self.num_attention_heads == 0,
-                "num_attention_heads",
-                self.num_attention_heads,
-                f"expected a divisor of hidden_size={self.hidden_size}, or an explicit head_dim",
-            )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            width, heads = self.hidden_size, self.num_attention_heads
+            if width % heads:
+                raise ValueError(
+                    f"num_attention_heads={heads}: expected a divisor of hidden_size={width}, or a given head_dim."
+                )
+            self.head_dim = width // heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 // 3 / 64)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
-        rope = self.rope_parameters
-        _require(rope is None or isinstance(rope, dict), "rope_parameters", rope, "expected a dict or None")
         super().__post_init__(**kwargs)
-        self._check()
         # Of the plan for all kinds of layers, what this model has
         absent = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if self.num_experts else ["mlp.experts"]
         if not (self.num_experts and self.num_shared_experts):
@@ -177,84 +186,47 @@ class MiniMindVTextConfig(PreTrainedConfig):
             name: plan for name, plan in type(self).base_model_tp_plan.items() if not any(f".{part}" in name for part in absent)
         }
 
-    def _check(self) -> None:
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            f"expected a divisor of num_attention_heads={self.num_attention_heads}",
-        )
-        _require(
-            _is_count(self.head_dim) and self.head_dim % 2 == 0,
-            "head_dim",
-            self.head_dim,
-            "expected a positive even integer, since RoPE rotates pairs of dimensions",
-        )
-        for field in ("intermediate_size", "moe_intermediate_size"):
-            _require(_is_count(getattr(self, field)), field, getattr(self, field), "expected a positive integer")
-        for field in ("num_experts", "num_shared_experts"):
-            _require(
-                _is_count(getattr(self, field), minimum=0), field, getattr(self, field), "expected 0 or a positive integer"
-            )
-        if self.num_experts:
-            _require(
-                _is_count(self.num_experts_per_tok) and self.num_experts_per_tok <= self.num_experts,
-                "num_experts_per_tok",
-                self.num_experts_per_tok,
-                f"expected an integer from 1 to num_experts={self.num_experts}",
-            )
-        _require(
-            _is_number(self.attention_dropout) and 0 <= self.attention_dropout < 1,
-            "attention_dropout",
-            self.attention_dropout,
-            "expected a number from 0 to below 1",
-        )
-        _require(
-            _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0,
-            "rms_norm_eps",
-            self.rms_norm_eps,
-            "expected a positive number",
-        )
-        for field in ("initializer_range", "router_aux_loss_coef"):
-            value = getattr(self, field)
-            _require(_is_number(value) and value >= 0, field, value, "expected 0 or a positive number")
-        _require_activation("hidden_act", self.hidden_act)
+    # @strict calls what is named validate_* when a config is made and when it is saved
+
+    def validate_architecture(self):
+        heads, kv_heads, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads}: expected a divisor of num_attention_heads={heads}.")
+        if head_dim <= 0 or head_dim % 2:
+            raise ValueError(f"head_dim={head_dim}: expected a positive even integer, since RoPE rotates pairs of dimensions.")
+        _require_integer("num_attention_heads * head_dim", heads * head_dim, _MAX_WIDTH)
+        _require_integer("intermediate_size", self.intermediate_size, _MAX_WIDTH)
+        _require_integer("moe_intermediate_size", self.moe_intermediate_size, _MAX_WIDTH)
+        chosen, experts = self.num_experts_per_tok, self.num_experts
+        if experts and not 1 <= chosen <= experts:
+            raise ValueError(f"num_experts_per_tok={chosen}: expected an integer from 1 to num_experts={experts}.")
+
+    def validate_token_ids(self):
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             ids = value if isinstance(value, list) else [] if value is None else [value]
-            _require(
-                all(_is_count(token_id, minimum=0) and token_id < self.vocab_size for token_id in ids),
-                field,
-                value,
-                f"expected None, or an id inside the vocabulary, from 0 to {self.vocab_size - 1}",
-            )
-        self._check_rope()
+            if not all(0 <= token_id < self.vocab_size for token_id in ids):
+                raise ValueError(
+                    f"{field}={value}: expected None, or an id in the vocabulary, from 0 to {self.vocab_size - 1}."
+                )
 
-    def _check_rope(self) -> None:
-        rope_type, theta = self.rope_parameters["rope_type"], self.rope_parameters["rope_theta"]
-        kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
-        _require(rope_type in kinds, "rope_parameters['rope_type']", rope_type, f"expected one of {', '.join(kinds)}")
-        _require(_is_number(theta) and theta > 0, "rope_parameters['rope_theta']", theta, "expected a positive number")
-        factor = self.rope_parameters.get("factor", 1.0)
-        _require(_is_number(factor) and factor >= 1, "rope_parameters['factor']", factor, "expected a number from 1 on")
+    def validate_rope(self):
+        rope, kinds = self.rope_parameters, sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if rope["rope_type"] not in kinds:
+            kind = rope["rope_type"]
+            raise ValueError(f"rope_parameters['rope_type']={kind!r}: expected one of {', '.join(kinds)}.")
+        for field, value in {"rope_theta": rope["rope_theta"], "factor": rope.get("factor", 1)}.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < math.inf:
+                raise ValueError(f"rope_parameters[{field!r}]={value!r}: expected a number from 1 on.")
         try:
-            self.validate_rope()
+            super().validate_rope()
         except KeyError as error:
-            raise ValueError(f"rope_parameters={self.rope_parameters!r}: {error.args[0]}.") from None
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Write config.json with the whole `auto_map`, whichever Auto class this config came from."""
-        self.auto_map = dict(self.hub_auto_map)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            raise ValueError(f"rope_parameters={rope!r}: {error.args[0]}.") from None
 
 
-def _sub_config_specs(**classes: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What transformers 5.20 to 5.23 want for a class, and later ones make of it; 5.18 and 5.19 have nothing like it."""
-    spec = getattr(configuration_utils, "SubConfigSpec", None)
-    return {name: spec(config_class) for name, config_class in classes.items()} if spec else {}
-
-
-class MiniMindVConfig(PreTrainedConfig):
+@_with_value_errors
+@strict
+class MiniMindVConfig(_NamesItsCode, PreTrainedConfig):
     r"""Configuration of MiniMind-V. The defaults are MiniMind2-V small with CLIP ViT-B/16 at 224 pixels: 196 image tokens.
 
     Args:
@@ -273,8 +245,7 @@ class MiniMindVConfig(PreTrainedConfig):
 
     model_type = "minimind_v"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    # transformers >= 5.20: lets config.json hold the nested configs without the base class's defaults
-    sub_configs_defaults = _sub_config_specs(text_config=MiniMindVTextConfig, vision_config=CLIPVisionConfig)
+    sub_configs_defaults = {"text_config": _sub_config(MiniMindVTextConfig), "vision_config": _sub_config(CLIPVisionConfig)}
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
     _auto_class = "AutoConfig"
     hub_auto_map: ClassVar[dict[str, str]] = {
@@ -288,72 +259,61 @@ class MiniMindVConfig(PreTrainedConfig):
         "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
     }
 
-    text_config: PreTrainedConfig = None
-    vision_config: PreTrainedConfig = None
+    text_config: Any = None
+    vision_config: Any = None
     image_token_id: int = 190
-    image_seq_length: int = None  # type: ignore[assignment]  # derived in __post_init__
-    patches_per_token: int = 1
-    projector_num_layers: int = 1
+    image_seq_length: Derived[int] = None  # type: ignore[assignment]
+    patches_per_token: int = interval(min=1)(default=1)
+    projector_num_layers: Literal[1, 2] = 1
     projector_layer_norm: bool = False
-    projector_hidden_act: str = "gelu"
+    projector_hidden_act: str = activation_fn_key(default="gelu")
     multimodal_projector_bias: bool = True
-    tie_word_embeddings: bool = None  # type: ignore[assignment]  # derived in __post_init__
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
         self.text_config = _as_config(self.text_config, "text_config", {"model_type": MiniMindVTextConfig.model_type})
-        self.vision_config = _as_config(
-            self.vision_config, "vision_config", {"model_type": "clip_vision_model", "patch_size": 16}
-        )
-        # A whole CLIP or SigLIP checkpoint: only its encoder is wanted
-        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        vision_config = _as_config(self.vision_config, "vision_config", _CLIP_VIT_B_16)
+        # Of a whole CLIP or SigLIP checkpoint, only its encoder is wanted
+        self.vision_config = getattr(vision_config, "vision_config", vision_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        _require_booleans(self, "projector_layer_norm", "multimodal_projector_bias", "tie_word_embeddings")
-        if hasattr(self.vision_config, "num_hidden_layers"):
-            _require_layers("vision_config.num_hidden_layers", self.vision_config.num_hidden_layers)
-        for field in ("num_attention_heads", "hidden_size", "intermediate_size", "num_channels"):
-            if hasattr(self.vision_config, field):
-                size = getattr(self.vision_config, field)
-                _require(_is_count(size), f"vision_config.{field}", size, "expected a positive integer")
-        if isinstance(getattr(self.vision_config, "hidden_act", None), str):
-            _require_activation("vision_config.hidden_act", self.vision_config.hidden_act)
-        expected = self._image_seq_length_of_encoder()
+        self.validate_vision_config()
         if self.image_seq_length is None:
-            self.image_seq_length = expected
+            self.image_seq_length = self._num_patches() // self.patches_per_token
         super().__post_init__(**kwargs)
-        _require(
-            self.image_seq_length == expected,
-            "image_seq_length",
-            self.image_seq_length,
-            f"expected {expected}, which is what the encoder gives (image_size={self.vision_config.image_size}, "
-            f"patch_size={self.vision_config.patch_size}, patches_per_token={self.patches_per_token})",
-        )
-        _require(
-            _is_count(self.image_token_id, minimum=0) and self.image_token_id < self.text_config.vocab_size,
-            "image_token_id",
-            self.image_token_id,
-            f"expected an id inside the vocabulary, from 0 to {self.text_config.vocab_size - 1}",
-        )
-        layers = self.projector_num_layers
-        _require(_is_count(layers) and layers <= 2, "projector_num_layers", layers, "expected 1 or 2")
-        _require_activation("projector_hidden_act", self.projector_hidden_act)
 
-    def _image_seq_length_of_encoder(self) -> int:
+    def validate_vision_config(self):
+        """Check what every encoder has (the side of its square images and patches, in pixels), and what most have."""
         vision = self.vision_config
         for field in ("image_size", "patch_size"):
-            size = getattr(vision, field, None)
-            expectation = "expected a positive integer, the side of a square in pixels"
-            _require(_is_count(size), f"vision_config.{field}", size, expectation)
-        num_patches = (vision.image_size // vision.patch_size) ** 2
-        expectation = f"expected at most image_size={vision.image_size}"
-        _require(num_patches > 0, "vision_config.patch_size", vision.patch_size, expectation)
-        _require(
-            _is_count(self.patches_per_token) and num_patches % self.patches_per_token == 0,
-            "patches_per_token",
-            self.patches_per_token,
-            f"expected a divisor of the encoder's {num_patches} patches",
-        )
-        return num_patches // self.patches_per_token
+            _require_integer(f"vision_config.{field}", getattr(vision, field, None), _MAX_IMAGE_SIZE)
+        if vision.patch_size > vision.image_size:
+            raise ValueError(f"vision_config.patch_size={vision.patch_size}: expected at most image_size={vision.image_size}.")
+        highest = dict.fromkeys(("num_attention_heads", "hidden_size", "intermediate_size", "num_channels"), _MAX_WIDTH)
+        for field, limit in {**highest, "num_hidden_layers": _MAX_LAYERS}.items():
+            if hasattr(vision, field):
+                _require_integer(f"vision_config.{field}", getattr(vision, field), limit)
+        act = getattr(vision, "hidden_act", None)
+        if isinstance(act, str) and act not in ACT2FN:
+            raise ValueError(f"vision_config.hidden_act={act!r}: expected one of {', '.join(sorted(ACT2FN))}.")
+
+    def validate_image_tokens(self):
+        patches, joined = self._num_patches(), self.patches_per_token
+        if patches % joined:
+            raise ValueError(f"patches_per_token={joined}: expected a divisor of the encoder's {patches} patches.")
+        if self.image_seq_length != patches // joined:
+            raise ValueError(
+                f"image_seq_length={self.image_seq_length}: expected {patches // joined}, which is what the encoder gives "
+                f"({patches} patches, patches_per_token={joined})."
+            )
+
+    def validate_token_ids(self):
+        end = self.text_config.vocab_size - 1
+        if not 0 <= self.image_token_id <= end:
+            raise ValueError(f"image_token_id={self.image_token_id}: expected an id in the vocabulary, from 0 to {end}.")
+
+    def _num_patches(self) -> int:
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "MiniMindVConfig":
@@ -378,17 +338,13 @@ class MiniMindVConfig(PreTrainedConfig):
         """Names of the published models that `from_preset` knows."""
         return list(_PRESETS)
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Write config.json with the whole `auto_map`, whichever Auto class this config came from."""
-        self.auto_map = dict(self.hub_auto_map)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
 
 def _as_config(value, field: str, default: dict) -> PreTrainedConfig:
     """The config that `value` (a config, a dict or None) stands for; `default` fills what a dict leaves open."""
     if isinstance(value, PreTrainedConfig):
         return copy.deepcopy(value)  # a model writes into its config, and this one is the caller's
-    _require(value is None or isinstance(value, dict), field, value, "expected a config, a dict or None")
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{field}={value!r}: expected a config, a dict or None.")
     fields = dict(value or {})
     model_type = fields.setdefault("model_type", default["model_type"])
     if model_type == default["model_type"]:
@@ -396,41 +352,34 @@ def _as_config(value, field: str, default: dict) -> PreTrainedConfig:
     # By name: in a folder loaded with remote code, AutoConfig does not know our decoder
     if model_type == MiniMindVTextConfig.model_type:
         return MiniMindVTextConfig(**fields)
-    _require(model_type in CONFIG_MAPPING, f"{field}.model_type", model_type, "expected one that transformers knows")
-    return AutoConfig.for_model(**fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{field}.model_type={model_type!r}: expected one that transformers knows.")
+    try:
+        return AutoConfig.for_model(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"{field}: {error.__cause__}") from None
 
 
 _CLIP_VIT_B_16 = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 16}
 _SIGLIP2_VIT_B_32 = {"model_type": "siglip_vision_model", "image_size": 256, "patch_size": 32}
+_MINIMIND2_MOE = {"hidden_size": 640, "num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
 _MINIMIND_3 = {
     "hidden_size": 768,
-    "intermediate_size": 2432,  # 64 * ceil(pi * hidden_size / 64)
+    "intermediate_size": 2432,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,
     "use_qk_norm": True,
 }
+_MINIMIND_3_MOE = {**_MINIMIND_3, "num_experts": 4, "num_experts_per_tok": 1, "router_aux_loss_coef": 5e-4, "seq_aux": False}
 _MINIMIND_3V = {"image_token_id": 12, "projector_num_layers": 2, "projector_layer_norm": True}
 
 # The published models; sizes as in https://github.com/jingyaogong/minimind-v
 _PRESETS: dict[str, dict[str, Any]] = {
     "minimind2-v-small": {"text_config": {}, "vision_config": _CLIP_VIT_B_16},
     "minimind2-v": {"text_config": {"hidden_size": 768, "num_hidden_layers": 16}, "vision_config": _CLIP_VIT_B_16},
-    "minimind2-v-moe": {
-        "text_config": {"hidden_size": 640, "num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1},
-        "vision_config": _CLIP_VIT_B_16,
-    },
+    "minimind2-v-moe": {"text_config": _MINIMIND2_MOE, "vision_config": _CLIP_VIT_B_16},
     "minimind-3v": {"text_config": _MINIMIND_3, "vision_config": _SIGLIP2_VIT_B_32, **_MINIMIND_3V},
-    "minimind-3v-moe": {
-        "text_config": {
-            **_MINIMIND_3,
-            "num_experts": 4,
-            "num_experts_per_tok": 1,
-            "router_aux_loss_coef": 5e-4,
-            "seq_aux": False,
-        },
-        "vision_config": _SIGLIP2_VIT_B_32,
-        **_MINIMIND_3V,
-    },
+    "minimind-3v-moe": {"text_config": _MINIMIND_3_MOE, "vision_config": _SIGLIP2_VIT_B_32, **_MINIMIND_3V},
 }
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -67,6 +67,10 @@ for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
         logits = model(**inputs).logits[0, -1, :5].tolist()
     result["models"].append([type(model).__name__, output[0, inputs["input_ids"].shape[1]:].tolist(), logits])
 try:
+    AutoConfig.from_pretrained(folder, projector_num_layers=3, **kwargs)
+except ValueError as error:
+    result["refused_config"] = str(error)
+try:
     model(**inputs, kv_store=1)
 except TypeError as error:
     result["refused"] = str(error)
@@ -115,6 +119,7 @@ def test_folder_loads_without_the_package_and_so_does_its_copy(text_config, tmp_
         assert result["processor"] == "MiniMindVProcessor"
         assert result["image_token"] == "<image>"
         assert "unknown argument: 'kv_store'. The model's code is minimind_v_hf " in result["refused"]
+        assert result["refused_config"] == "projector_num_layers=3: expected Literal[1, 2]."
         assert result["image_processor"] == "CLIPImageProcessorPil"
         for name, generated, some_logits in result["models"]:
             assert name == "MiniMindVForConditionalGeneration"
