@@ -52,7 +52,10 @@ KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
 
 
 def refuse_unknown_arguments(model: PreTrainedModel, kwargs: dict) -> None:
-    """Raise a TypeError for an argument that nothing would read: by another name, a cache would be lost without an error."""
+    """Raise a TypeError for an argument that nothing would read: by another name, a cache would be lost without an error.
+
+    What is None passes: nothing is lost with it, and libraries hand on arguments that they were not given themselves.
+    """
     unknown = [name for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS and value is not None]
     if unknown:
         attention = ALL_ATTENTION_FUNCTIONS.get(model.config.get_text_config()._attn_implementation)
@@ -72,12 +75,19 @@ def check_lengths(
     attention_mask: torch.Tensor | None,
     cache: Cache | None = None,
     max_positions: int | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> None:
     """Raise a ValueError for a lost cache or for no tokens, and warn of more tokens than the model has positions for.
 
     By shapes alone, so that no device is waited for. A static cache is as long as it can become, whatever it holds, and is
-    passed over.
+    passed over, as are the caches of engines.
+
+    Raises:
+        TypeError: the cache is none, such as the tuples that transformers took before version 5.
+        ValueError: see above.
     """
+    if cache is not None and not hasattr(cache, "update"):
+        raise TypeError(f"The cache is a {type(cache).__name__}: expected a Cache of transformers, such as DynamicCache().")
     if (
         torch.compiler.is_exporting()
         or not (cache is None or isinstance(cache, Cache))
@@ -92,8 +102,21 @@ def check_lengths(
             f"The attention mask covers {attention_mask.shape[1]} tokens, but there are {past} in the cache and {tokens} in "
             "this step: the cache was lost on the way, or the mask belongs to other tokens."
         )
-    if max_positions is not None and past + tokens > max_positions and not torch.compiler.is_compiling():
+    # Without a cache, given positions may start again within a row, which then may be of any length
+    packed = cache is None and position_ids is not None
+    if not (max_positions is None or packed or torch.compiler.is_compiling()) and past + tokens > max_positions:
         logger.warning_once(
             f"The sequence has grown beyond the {max_positions} positions that the model is meant for "
             "(max_position_embeddings): expect worse answers."
         )
+
+
+def check_pixels(pixel_values: torch.Tensor, size: int) -> None:
+    """Raise a ValueError for pixels that are not the image processor's: floating-point numbers, `size` by `size`."""
+    if tuple(pixel_values.shape[-2:]) != (size, size):  # some encoders would interpolate, and give other patches
+        raise ValueError(
+            f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the encoder expects "
+            f"{size}x{size}: use the image processor that belongs to the model."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values are {pixel_values.dtype}: expected the image processor's floating-point numbers.")

@@ -1,19 +1,21 @@
-"""The head of a language model: hidden states to logits and, in training, to losses.
+"""What comes after the decoder: logits and, in training, losses; and images beside a prompt that is repeated.
 
 This file is copied into every saved model folder, so it depends on torch and transformers alone.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
+from .arguments_minimind_v import CACHE
 from .configuration_minimind_v import MiniMindVTextConfig
 
 
@@ -39,8 +41,8 @@ class LanguageModelingHead:
         logits_to_keep: int | torch.Tensor,
         skip_logits: bool,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> dict[str, torch.Tensor | None]:
-        """`logits` (B, T, V), `loss` and `aux_loss`, each None where it is not wanted; see `MiniMindForCausalLM.forward`."""
+    ) -> dict[str, Any]:
+        """The output's fields: the decoder's, `logits` (B, T, V), `loss` and `aux_loss`. What is not wanted is None."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
         logits = loss = aux_loss = None
@@ -61,7 +63,8 @@ class LanguageModelingHead:
                         # So that the parts of a batch, in several steps or processes, add up to one auxiliary loss
                         share = shifted(labels, **kwargs).ne(-100).sum() / kwargs["num_items_in_batch"]
                     loss = loss + (share * aux_loss).to(loss.device)
-        return {"logits": logits, "loss": loss, "aux_loss": aux_loss}
+        of_the_decoder = {name: getattr(outputs, name) for name in (CACHE, "hidden_states", "attentions", "router_logits")}
+        return {"logits": logits, "loss": loss, "aux_loss": aux_loss, **of_the_decoder}
 
     def wants_router_logits(self, requested: bool | None) -> bool:
         """Whether the routers' logits are to be recorded: on request, or to balance the experts in training."""
@@ -77,6 +80,49 @@ class LanguageModelingHead:
                 "The experts are not balanced: the load-balancing loss has no gradient, since reentrant gradient checkpointing "
                 "hides the routers. Pass gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """Generation for prompts with images."""
+
+    config: PreTrainedConfig
+    model: Any
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """Continuous batching of transformers, for prompts of text alone: it takes no images.
+
+        Raises:
+            ValueError: a prompt holds image tokens.
+        """
+        if any(self.config.image_token_id in prompt for prompt in inputs):
+            raise ValueError("generate_batch takes no images, and a prompt holds image tokens: use generate() for it.")
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat each sequence for beams or for several answers, and with it its images: [A, B] becomes [A, B, A, B].
+
+        transformers 5.18 makes [A, A, B, B] of them, which gives every sequence with several images the wrong ones.
+        """
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).pop("image", None)
+        cache = model_kwargs.get(CACHE)
+        first = cache is None or cache.get_seq_length() == 0
+        if images is None and input_ids is not None and first and self.model.has_placeholders(input_ids):
+            raise ValueError(
+                f"The prompt holds image tokens (id {self.config.image_token_id}), but no pixel_values were given: pass the "
+                "images beside the prompt, as the processor returns them."
+            )
+        if images is not None and expand_size > 1:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            features = images.pooler_output
+            mask = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds, features)
+            groups = features.split((mask.sum(dim=(1, 2)) // self.config.image_seq_length).tolist())
+            images.pooler_output = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if images is not None:
+            model_kwargs["mm_encoder_outputs"]["image"] = images
+        return input_ids, model_kwargs
 
 
 def is_minimind(text_config: PreTrainedConfig) -> bool:

@@ -12,8 +12,6 @@ Legend of the shape comments:
     V  vocabulary
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,7 +26,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -37,22 +35,15 @@ from .configuration_minimind_v import MiniMindVTextConfig
 from .head_minimind_v import LanguageModelingHead
 
 
-logger = logging.get_logger(__name__)
-
-
 class MiniMindRotaryEmbedding(nn.Module):
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864), and YaRN (https://arxiv.org/abs/2309.00071).
-
-    `config.rope_parameters["rope_type"]` chooses among the variants that transformers knows.
-    """
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864), or another kind that transformers knows, such as YaRN."""
 
     inv_freq: torch.Tensor
 
     def __init__(self, config: MiniMindVTextConfig):
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = init_fn(config)
@@ -71,24 +62,14 @@ class MiniMindRotaryEmbedding(nn.Module):
         # In float32 whatever the dtype of the model: in bfloat16, neighbouring late positions would fall together
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # (B, T, d/2)
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, d)
-        return (
-            (angles.cos() * self.attention_scaling).to(x.dtype),
-            (angles.sin() * self.attention_scaling).to(x.dtype),
-        )
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_{i+d/2}) by 90 degrees."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x_i, x_{i+d/2}) of queries or keys (B, H or K, T, d) by the angles of their positions, (B, 1, T, d)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries (B, H, T, d) and keys (B, K, T, d) by the angles of their positions, given as (B, T, d)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
@@ -101,11 +82,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: the reference for the faster ones, and the only one that returns its weights.
-
-    Returns:
-        The output (B, T, H, d) and the weights (B, H, T, S).
-    """
+    """Attention written out: the output (B, T, H, d) and, as of no faster one, the weights (B, H, T, S)."""
     # Each key/value head serves a group of query heads
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, d)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -153,24 +130,17 @@ class MiniMindAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, K, T, d)
 
         cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # alike for all heads
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, K, S, d)
         elif cache is not None:  # before 5.24, the attention function itself updates the cache of continuous batching
             kwargs["cache"] = cache
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # (B, T, H, d)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
@@ -291,23 +261,24 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     }
     _auto_class = "AutoModel"
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: `_init_weights` never touches what was loaded, so transformers need not guess which modules were.
-
-        Its guess leaves modules without weights of their own uninitialised, CLIP's attention among them.
-        """
-        return False
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # linear layers, embeddings, norms, and the frequencies of RoPE
         std = getattr(self.config.get_text_config(), "initializer_range", 0.02)  # other decoders' may have none
-        if isinstance(module, MiniMindTopKRouter):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, MiniMindExperts):
-            init.normal_(module.gate_up_proj, std=std)
-            init.normal_(module.down_proj, std=std)
+        if isinstance(module, (MiniMindTopKRouter, MiniMindExperts)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=std)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # with custom code, transformers leaves modules without weights of their own uninitialised
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """Whether all experts can be computed in one product, which wants rows of a multiple of 16 bytes; if not, in a loop."""
+        config = self.config.get_text_config()
+        if getattr(config, "num_experts", 0) and (config.hidden_size % 8 or getattr(config, "moe_intermediate_size", 0) % 8):
+            raise ValueError("hidden_size or moe_intermediate_size is no multiple of 8: use experts_implementation='eager'.")
+        return super()._grouped_mm_can_dispatch()
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -355,35 +326,21 @@ class MiniMindModel(MiniMindPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, D)
-        # Without a cache, given positions may start again within a row, which then may be of any length
-        packed = cache is None and position_ids is not None
-        check_lengths(inputs_embeds.shape[1], attention_mask, cache, None if packed else self.config.max_position_embeddings)
+        length = inputs_embeds.shape[1]
+        check_lengths(length, attention_mask, cache, self.config.max_position_embeddings, position_ids)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)  # (1, T)
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past_length  # (1, T)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)  # after the mask, which takes a cache for a sign of no packing
+        kwargs |= {CACHE: cache, "position_ids": position_ids}
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, attention_mask=causal_mask, **kwargs)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
@@ -411,7 +368,6 @@ class MiniMindForCausalLM(LanguageModelingHead, MiniMindPreTrainedModel, Generat
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
         skip_logits: bool = False,
@@ -435,17 +391,10 @@ class MiniMindForCausalLM(LanguageModelingHead, MiniMindPreTrainedModel, Generat
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
             output_router_logits=self.wants_router_logits(output_router_logits),
             **kwargs,
         )
-        return MoeCausalLMOutputWithPast(
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **{CACHE: getattr(outputs, CACHE)},
-            **self.head(outputs, labels, logits_to_keep, skip_logits, **kwargs),
-        )
+        return MoeCausalLMOutputWithPast(**self.head(outputs, labels, logits_to_keep, skip_logits, **kwargs))
 
 
 __all__ = ["MiniMindForCausalLM", "MiniMindModel", "MiniMindPreTrainedModel"]

@@ -15,31 +15,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 
-from .arguments_minimind_v import CACHE, check_lengths, refuse_unknown_arguments, takes_cache
+from .arguments_minimind_v import CACHE, check_lengths, check_pixels, refuse_unknown_arguments, takes_cache
 from .configuration_minimind_v import MiniMindVConfig
-from .head_minimind_v import LanguageModelingHead, is_minimind
+from .head_minimind_v import ImageGenerationMixin, LanguageModelingHead, is_minimind
 from .modeling_minimind import MiniMindModel, MiniMindPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
-    """Adds `image_outputs`: what `get_image_features` gave."""
-
-    image_outputs: BaseModelOutputWithPooling | None = None
+class _HasImages:
+    image_outputs: BaseModelOutputWithPooling | None
 
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
@@ -48,15 +41,17 @@ class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
 
 
 @dataclass
-class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+class MiniMindVModelOutputWithPast(_HasImages, MoeModelOutputWithPast):
     """Adds `image_outputs`: what `get_image_features` gave."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
-    @property
-    def image_hidden_states(self) -> torch.Tensor | None:
-        """The images as the decoder reads them, (N, P, D)."""
-        return None if self.image_outputs is None else self.image_outputs.pooler_output
+
+@dataclass
+class MiniMindVCausalLMOutputWithPast(_HasImages, MoeCausalLMOutputWithPast):
+    """Adds `image_outputs`: what `get_image_features` gave."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class MiniMindVProjector(nn.Module):
@@ -98,11 +93,6 @@ class MiniMindVPreTrainedModel(MiniMindPreTrainedModel):
     _can_record_outputs = None  # the encoder and the decoder record their own
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """Whether no parameter of a module learns."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
 class MiniMindVModel(MiniMindVPreTrainedModel):
     """Encoder, projector and decoder, without a language-modelling head.
 
@@ -126,125 +116,6 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             MiniMindModel(config.text_config) if is_minimind(config.text_config) else AutoModel.from_config(config.text_config)
         )
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load the weights; through `AutoModel`, into the model with the head.
-
-        `AutoModel.from_pretrained(folder).generate()` is what users write, while engines such as vLLM call
-        `AutoModel.from_config(config)`, which does not come by here, and need the base model.
-        """
-        # Of those who call this, only the Auto classes pass adapter_kwargs, and they always do
-        if cls is MiniMindVModel and "adapter_kwargs" in kwargs:
-            return MiniMindVForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def train(self, mode: bool = True) -> "MiniMindVModel":
-        """Set training or evaluation mode; an encoder that does not learn stays in evaluation mode."""
-        super().train(mode)
-        self.vision_tower.train(mode and not is_frozen(self.vision_tower))
-        return self
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Encode images and project them into the decoder's embedding space.
-
-        Args:
-            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it. N may be
-                0, as in a batch of text alone.
-
-        Returns:
-            The encoder's output, with the projected images (N, P, D) as `pooler_output`.
-        """
-        if pixel_values.ndim == 5:
-            pixel_values = pixel_values.flatten(0, 1)
-        size = self.config.vision_config.image_size
-        if tuple(pixel_values.shape[-2:]) != (size, size):  # some encoders would interpolate, and give other patches
-            raise ValueError(
-                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the encoder expects "
-                f"{size}x{size}: use the image processor that belongs to the model."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values are {pixel_values.dtype}: expected the image processor's floating-point numbers.")
-        if pixel_values.shape[0] == 0:  # not len(), which would fix the number of images in an exported graph
-            outputs = self._encode_no_images(pixel_values)
-        else:
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
-        outputs.pooler_output = None
-        outputs.pooler_output = self._projected(outputs)
-        return outputs
-
-    def _projected(self, image_outputs: BaseModelOutputWithPooling) -> torch.Tensor:
-        """The images in the decoder's embedding space, (N, P, D), projected where that is still to be done."""
-        features = image_outputs.pooler_output
-        if features is None:
-            # Class and register tokens come before the patches; CLIP has one, SigLIP none
-            num_patches = self.config.image_seq_length * self.config.patches_per_token
-            dtype = self.multi_modal_projector.linear_1.weight.dtype
-            features = self.multi_modal_projector(image_outputs.last_hidden_state[:, -num_patches:].to(dtype))
-        return features if isinstance(features, torch.Tensor) else torch.stack(tuple(features))
-
-    def _encode_no_images(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """What the encoder would give for a batch of no images, which encoders refuse."""
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if alone and is_frozen(self.vision_tower):
-            num_patches = self.config.image_seq_length * self.config.patches_per_token
-            width = self.config.vision_config.hidden_size
-            return BaseModelOutputWithPooling(last_hidden_state=pixel_values.new_zeros(0, num_patches, width))
-        # Engines that split the encoder among processes gather it in each process's forward pass, or in none's; and a
-        # trainable one is to have gradients. So a blank image is encoded, and left out of the result.
-        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:], dtype=self.vision_tower.dtype)
-        outputs = self.vision_tower(blank, return_dict=True)
-        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state[:0])
-
-    def _no_images(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: Cache | None
-    ) -> torch.Tensor | None:
-        """No images, as a tensor, where a batch of text alone must pass through the projector all the same; else None."""
-        if cache is not None:
-            return None
-        if self.training and torch.is_grad_enabled() and not is_frozen(self.multi_modal_projector):
-            # Parallel engines wait for the gradient of every parameter in every step
-            return inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
-        if input_ids is not None and not torch.compiler.is_compiling() and self._has_placeholders(input_ids):
-            # No error: without a cache, a model that has written the token itself gets it back here
-            logger.warning_once("The prompt holds image tokens, but no pixel_values were given: they stand for no image.")
-        return None
-
-    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
-        return bool((input_ids == self.config.image_token_id).any())
-
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        """Where the image tokens are, as a mask (B, T, 1).
-
-        Raises:
-            ValueError: there are more or fewer image tokens than image features.
-        """
-        if input_ids is not None:
-            mask = input_ids == self.config.image_token_id
-        elif inputs_embeds is not None:
-            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
-        else:
-            raise ValueError("Give either input_ids or inputs_embeds.")
-        num_features = image_features.shape[0] * image_features.shape[1]
-        torch_compilable_check(
-            mask.sum() == num_features,
-            lambda: (
-                f"The prompts hold {int(mask.sum())} image tokens, but {image_features.shape[0]} images of "
-                f"{image_features.shape[1]} tokens give {num_features} features: pass as many images as placeholders, and "
-                f"a processor with image_seq_length={self.config.image_seq_length}."
-            ),
-        )
-        return mask.unsqueeze(-1)
 
     @takes_cache
     @can_return_tuple
@@ -278,8 +149,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        if cache is None:
-            check_lengths(inputs_embeds.shape[1], attention_mask)
+        check_lengths(inputs_embeds.shape[1], attention_mask, cache)
         if pixel_values is None and image_outputs is None:
             pixel_values = self._no_images(input_ids, inputs_embeds, cache)
         if pixel_values is not None:
@@ -296,17 +166,119 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        return MiniMindVModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=getattr(outputs, "router_logits", None),
-            image_outputs=image_outputs,
-            **{CACHE: getattr(outputs, CACHE)},
+        return MiniMindVModelOutputWithPast(**outputs, image_outputs=image_outputs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode images and project them into the decoder's embedding space.
+
+        Args:
+            pixel_values: (N, 3, height, width), or (batch, images, 3, height, width) as native MiniMind-V has it. N may be
+                0, as in a batch of text alone.
+
+        Returns:
+            The encoder's output, with the projected images (N, P, D) as `pooler_output`.
+        """
+        if pixel_values.ndim == 5:
+            pixel_values = pixel_values.flatten(0, 1)
+        check_pixels(pixel_values, self.config.vision_config.image_size)
+        if pixel_values.shape[0] == 0:  # not len(), which would fix the number of images in an exported graph
+            outputs = self._encode_no_images(pixel_values)
+        else:
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        outputs.pooler_output = None
+        outputs.pooler_output = self._projected(outputs)
+        return outputs
+
+    def _projected(self, image_outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+        """The images in the decoder's embedding space, (N, P, D), projected where that is still to be done."""
+        features = image_outputs.pooler_output
+        if features is None:
+            # Class and register tokens come before the patches; CLIP has one, SigLIP none
+            num_patches = self.config.image_seq_length * self.config.patches_per_token
+            dtype = self.multi_modal_projector.linear_1.weight.dtype
+            features = self.multi_modal_projector(image_outputs.last_hidden_state[:, -num_patches:].to(dtype))
+        return features if isinstance(features, torch.Tensor) else torch.stack(tuple(features))
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the image tokens are, as a mask (B, T, 1).
+
+        Raises:
+            ValueError: there are more or fewer image tokens than image features.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        elif inputs_embeds is not None:
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)
+        else:
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        num_features = image_features.shape[0] * image_features.shape[1]
+        torch_compilable_check(
+            mask.sum() == num_features,
+            lambda: (
+                f"The prompts hold {int(mask.sum())} image tokens, but {image_features.shape[0]} images of "
+                f"{image_features.shape[1]} tokens give {num_features} features: pass as many images as placeholders, and "
+                f"a processor with image_seq_length={self.config.image_seq_length}."
+            ),
         )
+        return mask.unsqueeze(-1)
+
+    # ── That is the model. Below stands what training in several processes, generation and the Auto classes need of it ──
+
+    def _no_images(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """No images, as a tensor, where a batch of text alone must pass through the projector all the same; else None."""
+        if cache is not None:
+            return None
+        learns = self.training and torch.is_grad_enabled() and not is_frozen(self.multi_modal_projector)
+        if learns or is_sharded(self.vision_tower):
+            # Parallel engines wait for the gradient of every parameter in every step, and for every process that holds a shard
+            return inputs_embeds.new_zeros(0, 3, *[self.config.vision_config.image_size] * 2)
+        if input_ids is not None and not torch.compiler.is_compiling() and self.has_placeholders(input_ids):
+            # No error: without a cache, a model that has written the token itself gets it back here
+            logger.warning_once("The prompt holds image tokens, but no pixel_values were given: they stand for no image.")
+        return None
+
+    def _encode_no_images(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """What the encoder would give for a batch of no images, which encoders refuse."""
+        if is_frozen(self.vision_tower) and not is_sharded(self.vision_tower):
+            num_patches = self.config.image_seq_length * self.config.patches_per_token
+            width = self.config.vision_config.hidden_size
+            return BaseModelOutputWithPooling(last_hidden_state=pixel_values.new_zeros(0, num_patches, width))
+        # A trainable encoder is to have gradients, and a sharded one is run by all processes together. So a blank image is
+        # encoded, and left out of the result.
+        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:], dtype=self.vision_tower.dtype)
+        outputs = self.vision_tower(blank, return_dict=True)
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state[:0])
+
+    def has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        """Whether there are image tokens."""
+        return bool((input_ids == self.config.image_token_id).any())
+
+    def train(self, mode: bool = True) -> "MiniMindVModel":
+        """Set training or evaluation mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        self.vision_tower.train(mode and not is_frozen(self.vision_tower))
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load the weights; through `AutoModel`, into the model with the head.
+
+        `AutoModel.from_pretrained(folder).generate()` is what users write, while engines such as vLLM call
+        `AutoModel.from_config(config)`, which does not come by here, and need the base model.
+        """
+        # Of those who call this, only the Auto classes pass adapter_kwargs, and they always do
+        if cls is MiniMindVModel and "adapter_kwargs" in kwargs:
+            return MiniMindVForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-class MiniMindVForConditionalGeneration(LanguageModelingHead, MiniMindVPreTrainedModel, GenerationMixin):
+class MiniMindVForConditionalGeneration(LanguageModelingHead, MiniMindVPreTrainedModel, ImageGenerationMixin):
     """MiniMind-V: reads images and text, and writes text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -356,50 +328,23 @@ class MiniMindVForConditionalGeneration(LanguageModelingHead, MiniMindVPreTraine
             output_router_logits=self.wants_router_logits(output_router_logits),
             **kwargs,
         )
-        return MiniMindVCausalLMOutputWithPast(
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            image_outputs=outputs.image_outputs,
-            **{CACHE: getattr(outputs, CACHE)},
-            **self.head(outputs, labels, logits_to_keep, skip_logits, **kwargs),
-        )
+        fields = self.head(outputs, labels, logits_to_keep, skip_logits, **kwargs)
+        return MiniMindVCausalLMOutputWithPast(image_outputs=outputs.image_outputs, **fields)
 
-    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
-        """Continuous batching of transformers, for prompts of text alone: it takes no images.
 
-        Raises:
-            ValueError: a prompt holds image tokens.
-        """
-        if any(self.config.image_token_id in prompt for prompt in inputs):
-            raise ValueError("generate_batch takes no images, and a prompt holds image tokens: use generate() for it.")
-        return super().generate_batch(inputs, *args, **kwargs)
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of a module learns."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat each sequence for beams or for several answers, and with it its images: [A, B] becomes [A, B, A, B].
 
-        transformers 5.18 makes [A, A, B, B] of them, which gives every sequence with several images the wrong ones.
-        """
-        images = (model_kwargs.get("mm_encoder_outputs") or {}).pop("image", None)
-        cache = model_kwargs.get(CACHE)
-        first = cache is None or cache.get_seq_length() == 0
-        if images is None and input_ids is not None and first and self.model._has_placeholders(input_ids):
-            raise ValueError(
-                f"The prompt holds image tokens (id {self.config.image_token_id}), but no pixel_values were given: pass the "
-                "images beside the prompt, as the processor returns them."
-            )
-        if images is not None and expand_size > 1:
-            inputs_embeds = model_kwargs.get("inputs_embeds")
-            features = images.pooler_output
-            mask = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds, features)
-            groups = features.split((mask.sum(dim=(1, 2)) // self.config.image_seq_length).tolist())
-            images.pooler_output = torch.cat([group for group in groups for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if images is not None:
-            model_kwargs["mm_encoder_outputs"]["image"] = images
-        return input_ids, model_kwargs
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of a module's weights (FSDP, DeepSpeed ZeRO-3), so that all must run it together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrapped = any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules())
+    return wrapped or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 __all__ = ["MiniMindVForConditionalGeneration", "MiniMindVModel", "MiniMindVPreTrainedModel"]

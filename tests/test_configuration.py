@@ -204,8 +204,8 @@ def test_preset_with_some_fields_set_differently():
         ),
         ({"vision_config": {"num_attention_heads": "x"}}, "vision_config: Field 'num_attention_heads' expected int, got str"),
         (
-            {"vision_config": {"hidden_size": 10**9}},
-            "vision_config.hidden_size=1000000000: expected an integer from 1 to 131072",
+            {"vision_config": {"hidden_size": 12 * 10**8}},
+            "vision_config.hidden_size=1200000000: expected an integer from 1 to 131072",
         ),
         ({"vision_config": {"image_size": 10**9}}, "vision_config.image_size=1000000000: expected an integer from 1 to 8192"),
         ({"vision_config": {"num_attention_heads": -1}}, "vision_config.num_attention_heads=-1: expected an integer from 1"),

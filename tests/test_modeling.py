@@ -572,3 +572,24 @@ def test_text_alone_trains_the_projector_without_a_pass_through_a_frozen_encoder
 def test_names_of_the_attention_function_itself_are_no_arguments(name, model):
     with pytest.raises(TypeError, match=rf"unknown argument: '{name}'"):
         model(torch.ones(1, 3, dtype=torch.long), **{name: torch.ones(1)})
+
+
+def test_what_is_no_cache_is_refused():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    legacy = ((torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8)),) * 2
+    for model in every_model():
+        for cache in (legacy, list(legacy)):
+            with pytest.raises(TypeError, match=f"The cache is a {type(cache).__name__}: expected a Cache of transformers"):
+                model(ids[:, 3:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_experts_of_odd_widths_are_computed_one_by_one():
+    widths = {"hidden_size": 36, "head_dim": 8, "moe_intermediate_size": 42}
+    model = make_model(MOE | widths)
+    assert model.config.text_config._experts_implementation == "eager"
+    assert make_model(MOE).config.text_config._experts_implementation == "grouped_mm"
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    config = make_config(MOE | widths).text_config
+    with pytest.raises(ValueError, match="no multiple of 8: use experts_implementation='eager'"):
+        MiniMindForCausalLM._from_config(config, experts_implementation="grouped_mm")
