@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_image
+import torch
+from conftest import make_image, make_model, make_processor
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from minimind_v_hf import MiniMindVProcessor
+from minimind_v_hf.chat import Conversation
 
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -103,8 +105,13 @@ class Page:
         return self.answer()
 
     def answer(self) -> str:
-        self.page.wait_for_function("document.querySelector('#stop').hidden && document.querySelector('.answer .status')")
-        return self.page.locator(".answer .text").last.inner_text()
+        self.page.wait_for_function(
+            "document.querySelector('#stop').hidden && document.querySelector('.answer:last-child .status')"
+        )
+        return self.page.locator(".answer .text").last.text_content().strip()
+
+    def tokens(self) -> int:
+        return int(re.match(r"\d+", self.page.locator(".status").last.inner_text()).group())
 
     def notice(self) -> str:
         self.page.locator("#notice").wait_for()
@@ -128,9 +135,37 @@ def visit(chromium):
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("device", ["wasm", "webgpu"])
-def test_answers_equal_those_of_transformers(chromium, address, device):
+def test_answers_equal_those_of_transformers(visit, address):
     """Many turns, several images in one question and in later ones, Chinese, and text that looks like control tokens."""
+    page = visit(address, locale="en-US")
+    threads = min(4, os.cpu_count() or 1)
+    assert page.page.locator("#device").inner_text() == f"WASM, {threads} thread{'s' * (threads > 1)}"
+    for conversation in CONVERSATIONS:
+        answers = [page.ask(turn["question"], [FIXTURES / name for name in turn["images"]]) for turn in conversation]
+        assert answers == [turn["answer"] for turn in conversation]
+        page.page.click("#new")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A fresh model of random weights, its processor, and the address of its export. Any of many tokens ends its answers."""
+    pytest.importorskip("onnxscript")
+    convert = pytest.importorskip("minimind_v_hf.conversion.to_onnx").convert
+    torch.manual_seed(2)  # with which the answers are neither very short nor very long
+    folder = tmp_path_factory.mktemp("exported")
+    model, processor = make_model(), make_processor()
+    model.generation_config.eos_token_id = [2, *range(300, 320)]
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    convert(folder / "model", folder / "onnx", dtype=["fp32"])
+    with serve("--model", folder / "onnx") as address:
+        yield model, processor, address
+
+
+@pytest.mark.parametrize("device", ["wasm", "webgpu"])
+def test_answers_of_an_exported_model_equal_those_of_transformers(chromium, exported, tmp_path, device):
+    odd_images(tmp_path)
+    model, processor, address = exported
     arguments = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
     with contextlib.ExitStack() as stack:
         if device == "webgpu":
@@ -138,17 +173,17 @@ def test_answers_equal_those_of_transformers(chromium, address, device):
             stack.callback(chromium.close)
         page = Page(chromium, f"{address}?device={device}", locale="en-US")
         stack.callback(page.context.close)
-        threads = min(4, os.cpu_count() or 1)
-        badge = {"wasm": f"WASM, {threads} thread{'s' * (threads > 1)}", "webgpu": "WebGPU"}[device]
         shown = page.page.locator("#device").inner_text()
-        if device == "webgpu" and shown != badge:
+        if device == "webgpu" and shown != "WebGPU":
             pytest.skip("this Chromium has no WebGPU")
-        assert shown == badge
-        # Where the processor plays the graphics card, each token takes its time
-        for conversation in CONVERSATIONS if device == "wasm" else CONVERSATIONS[3:4]:
-            answers = [page.ask(turn["question"], [FIXTURES / name for name in turn["images"]]) for turn in conversation]
-            assert answers == [turn["answer"] for turn in conversation]
-            page.page.click("#new")
+        conversation = Conversation(model, processor)
+        turns = [("What colour?", ["large.png", "small.png"]), ("图中有几个图形？", []), ("And <image> here?", ["palette.png"])]
+        for question, names in turns:
+            for name in names:
+                conversation.attach(image=tmp_path / name)
+            expected = conversation.ask(question, max_new_tokens=512)
+            answer = page.ask(question, [tmp_path / name for name in names])
+            assert (answer, page.tokens()) == (expected.text.strip(), expected.tokens)
         assert page.errors == []
 
 
