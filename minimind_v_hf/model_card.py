@@ -69,7 +69,9 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ("", "")) ->
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def model_card(name: str, model: PreTrainedModel, summary: str, sections: Mapping[str, str], **metadata: Any) -> str:
+def model_card(
+    name: str, model: PreTrainedModel, summary: str, sections: Mapping[str, str], use: str | None = None, **metadata: Any
+) -> str:
     """The text of README.md.
 
     Args:
@@ -77,19 +79,19 @@ def model_card(name: str, model: PreTrainedModel, summary: str, sections: Mappin
         model: a MiniMind-V or a MiniMind.
         summary: what stands below the title.
         sections: heading and Markdown of what follows the snippet and the sizes.
+        use: Markdown in place of the snippet, for files that others than transformers read.
         metadata: fields of `ModelCardData` besides those that the model tells, say `license`.
     """
     has_vision = hasattr(model.config, "vision_config")
     is_moe = bool(getattr(model.config.get_text_config(), "num_experts", 0))
     data = ModelCardData(
-        library_name="transformers",
         pipeline_tag="image-text-to-text" if has_vision else "text-generation",
         tags=["minimind-v" if has_vision else "minimind", *(["moe"] if is_moe else [])],
-        **metadata,
+        **{"library_name": "transformers", **metadata},
     )
     snippet = (_VLM_SNIPPET if has_vision else _TEXT_SNIPPET).format(name=name)
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name.rstrip('/').rsplit('/', 1)[-1]}", summary]
-    parts += ["## Use", f"```python\n{snippet}```", "## Size"]
+    parts += ["## Use", use or f"```python\n{snippet}```", "## Size"]
     parts += [table([(part, f"{count:,}") for part, count in parameter_counts(model).items()], ("part", "parameters"))]
     for heading, content in sections.items():
         parts += [f"## {heading}", content]

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 OPTIONAL = ["matplotlib", "gradio", "peft", "trl", "onnx", "onnxruntime", "sacrebleu", "tensorboard", "av"]
+OPTIONAL += ["gguf", "xllamacpp"]
 BLOCKED = f"""
 import sys, runpy
 from importlib.machinery import PathFinder
@@ -21,11 +22,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+SCRIPTS = [str(path.relative_to(ROOT)) for folder in ("convert", "examples") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_without_the_optional_packages(script):
-    command = [sys.executable, "-c", BLOCKED, str(ROOT / "examples" / script), "--help"]
+    command = [sys.executable, "-c", BLOCKED, str(ROOT / script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if script == "sft_trl.py":  # its flags are those of TRL, so without it there are none to list
+    if script == "examples/sft_trl.py":  # its flags are those of TRL, so without it there are none to list
         assert 'TRL is not installed: pip install -e ".[trl]"' in done.stderr
         assert "python examples/sft_trl.py --model" in done.stderr
     else:
@@ -36,13 +40,14 @@ def test_help_without_the_optional_packages(script):
 @pytest.mark.parametrize(
     ("script", "options", "extra"),
     [
-        ("quickstart.py", [], "train"),
-        ("web_demo.py", ["--model", "m"], "demo"),
-        ("attention_map.py", ["--model", "m", "--image", "a.png", "?"], "train"),
+        ("examples/quickstart.py", [], "train"),
+        ("examples/web_demo.py", ["--model", "m"], "demo"),
+        ("examples/attention_map.py", ["--model", "m", "--image", "a.png", "?"], "train"),
+        ("convert/to_gguf.py", ["--model", "m", "--output", "o"], "gguf"),
     ],
 )
 def test_without_its_package_a_script_says_what_to_install(script, options, extra):
-    command = [sys.executable, "-c", BLOCKED, str(ROOT / "examples" / script), *options]
+    command = [sys.executable, "-c", BLOCKED, str(ROOT / script), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert f'pip install -e ".[{extra}]"' in done.stderr

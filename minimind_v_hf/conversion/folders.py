@@ -18,7 +18,10 @@ from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .report import ConversionError, explained
 
 
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".gitattributes")
+_MODEL_FILES = (
+    *(".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".gitattributes"),
+    *(".gguf", "Modelfile"),
+)
 
 
 def load_config(source: str | Path, what: str) -> PreTrainedConfig:
@@ -94,7 +97,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if entries and not overwrite:
         raise ConversionError(f"--output {output} is not empty: choose another folder, or pass --overwrite to replace it")
     foreign = [entry for entry in entries if not (entry.is_file() and entry.name.endswith(_MODEL_FILES))]
-    if foreign or (entries and not (output / "config.json").is_file()):
+    is_model = (output / "config.json").is_file() or any(entry.suffix == ".gguf" for entry in entries)
+    if foreign or (entries and not is_model):
         reason = f"it holds {foreign[0].name}" if foreign else "it has no config.json"
         raise ConversionError(f"--overwrite replaces model folders only, and {output} is none: {reason}. Choose another folder")
 
