@@ -3,10 +3,14 @@
     python benchmarks/training.py --steps 6
 
 Draws data shaped like MiniMind-V's (JPEGs of 256 pixels, 196 image tokens, 20 to 300 text tokens), and trains MiniMind2-V small
-on it in five variants, each in a process of its own so that its peak memory is its own:
+on it in these variants, each in a process of its own so that its peak memory is its own:
 
     stock       transformers' LLaVA of the same size, default Trainer settings, padded to the maximum length
-    unpacked    MiniMindVTrainer with dynamic padding
+    frozen      the same, with our parts frozen and our batch size
+    fair        and padded to the longest sample of the batch
+    bf16        and in bfloat16, where there is hardware for it
+    best        and with samples of like length together: stock LLaVA in its best setting
+    unpacked    MiniMindVTrainer with dynamic padding, in bfloat16 where there is hardware for it
     grouped     the same, samples of like length together
     packed      the same as unpacked, but several samples in a row
     kept        grouped, with the frozen encoder's output kept on disk: what every epoch after the first costs
@@ -47,7 +51,8 @@ from minimind_v_hf.training import (
 )
 
 
-VARIANTS = ("stock", "unpacked", "grouped", "packed", "kept")
+PEERS = ("stock", "frozen", "fair", "bf16", "best")  # each has what the one before it has, and one thing more
+VARIANTS = (*PEERS, "unpacked", "grouped", "packed", "kept")
 STAGES = {
     "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16, "pack_length": 1280},
     "sft": {"trainable": "llm", "max_length": 1536, "batch": 4, "pack_length": 1536},
@@ -123,23 +128,31 @@ def load_processor(folder: Path) -> MiniMindVProcessor:
     return make_processor(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
 
 
-def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> Trainer:
-    """As a user of transformers would write it: a processor call for each batch, and everything by default."""
+def run_peer(folder: Path, stage: dict, arguments: argparse.Namespace, variant: str) -> Trainer:
+    """As a user of transformers would write it: a processor call for each batch, and everything else by default."""
+    frozen, dynamic, bf16, grouped = (PEERS.index(variant) >= PEERS.index(peer) for peer in PEERS[1:])
     ours = load_processor(folder)
     model, processor = make_llava(ours.image_token_id), make_llava_processor(ours)
+    if frozen:
+        model.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+        model.model.language_model.requires_grad_(stage["trainable"] == "llm")  # and with it the head, which is tied
+    padding = {"padding": "longest"} if dynamic else {"padding": "max_length", "max_length": stage["max_length"]}
 
     def collate(rows):
         prompts = ours.apply_chat_template([row["conversations"] for row in rows])
         images = [[Image.open(name).convert("RGB") for name in row["images"]] for row in rows]
-        options = {"padding": "max_length", "max_length": stage["max_length"], "padding_side": "right", "return_tensors": "pt"}
-        batch = processor(text=prompts, images=images, **options)
+        batch = processor(text=prompts, images=images, **padding, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         batch["labels"] = labels.masked_fill(labels == ours.image_token_id, -100)
         return dict(batch)
 
     args = TrainingArguments(
-        output_dir=str(folder / "stock"),
+        output_dir=str(folder / variant),
         max_steps=arguments.steps + WARM_UP,
+        per_device_train_batch_size=stage["batch"] if frozen else 8,
+        train_sampling_strategy="group_by_length" if grouped else "random",
+        bf16=bf16 and has_fast_bf16(),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -147,6 +160,8 @@ def run_stock(folder: Path, stage: dict, arguments: argparse.Namespace) -> Train
         use_cpu=not torch.cuda.is_available(),
     )
     data = load_conversations(folder / "train.jsonl", folder / "images")
+    if grouped:
+        data = data.add_column("length", tokenize_conversations(data, ours, stage["max_length"])["length"])
     return Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
 
 
@@ -186,7 +201,7 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
 def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one variant, in this process."""
     stage = STAGES[arguments.stage]
-    trainer = run_stock(folder, stage, arguments) if variant == "stock" else run_ours(folder, stage, arguments, variant)
+    trainer = (run_peer if variant in PEERS else run_ours)(folder, stage, arguments, variant)
     counter = Counter(trainer, load_processor(folder).tokenizer.pad_token_id)
     watch = Stopwatch()
     trainer.add_callback(watch)
@@ -296,17 +311,15 @@ def main() -> None:
     (arguments.output / "results.json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
 
     print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    columns = ("", "samples/s", "of stock", "CPU s/sample", "of stock", "tokens/s", "peak memory", "padding")
+    columns = ("", "samples/s", "of stock", "of best", "CPU s/sample", "of stock", "of best", "peak memory", "padding")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    base = results.get("stock")
     for variant in arguments.variants:
         row = results[variant]
-        by_clock = f"{row['samples_per_second'] / base['samples_per_second']:.1f} x" if base else ""
-        by_work = f"{base['cpu_seconds_per_sample'] / row['cpu_seconds_per_sample']:.1f} x" if base else ""
-        print(
-            f"| {variant} | {row['samples_per_second']:.2f} | {by_clock} | {row['cpu_seconds_per_sample']:.2f} | {by_work} "
-            f"| {row['tokens_per_second']:,.0f} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |"
-        )
+        peers = [results.get(peer) for peer in ("stock", "best")]
+        clock = [f"{row['samples_per_second'] / peer['samples_per_second']:.2f} x" if peer else "" for peer in peers]
+        work = [f"{peer['cpu_seconds_per_sample'] / row['cpu_seconds_per_sample']:.2f} x" if peer else "" for peer in peers]
+        cells = [variant, f"{row['samples_per_second']:.2f}", *clock, f"{row['cpu_seconds_per_sample']:.2f}", *work]
+        print(f"| {' | '.join(cells)} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |")
     print("\n| a sample, unpacked | ms (on a CPU, of its own time) |\n|---|---|")
     for name, value in results["profile"].items():
         print(f"| {name} | {1000 * value:.1f} |")
