@@ -150,11 +150,12 @@ def test_answers_equal_those_of_transformers(visit, address):
 def exported(tmp_path_factory):
     """A fresh model of random weights, its processor, and the address of its export. Any of many tokens ends its answers."""
     pytest.importorskip("onnxscript")
-    convert = pytest.importorskip("minimind_v_hf.conversion.to_onnx").convert
+    from minimind_v_hf.conversion.to_onnx import convert
+
     torch.manual_seed(2)  # with which the answers are neither very short nor very long
     folder = tmp_path_factory.mktemp("exported")
     model, processor = make_model(), make_processor()
-    model.generation_config.eos_token_id = [2, *range(300, 320)]
+    model.generation_config.eos_token_id = [2, *range(290, 320)]
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     convert(folder / "model", folder / "onnx", dtype=["fp32"])
@@ -206,6 +207,9 @@ def test_questions_may_be_asked_while_the_model_loads_and_without_a_network_afte
     turn = CONVERSATIONS[1][0]
     page.page.click("#new")
     assert page.ask(turn["question"], [FIXTURES / turn["images"][0]]) == turn["answer"]
+    page.page.click("#new")
+    page.page.locator(".example").last.click()
+    assert page.answer() == "ring"
     assert page.hosts <= {address.rstrip("/"), "blob:"}  # nothing came from elsewhere
 
 
@@ -249,6 +253,16 @@ def test_an_answer_streams_and_is_stopped_and_the_conversation_goes_on(visit, en
     page.page.locator("#stop").click()
     page.page.wait_for_function("document.querySelectorAll('.status').length === 2")
     assert text.first.inner_text() == stopped
+
+
+def test_an_answer_is_stopped_before_the_model_is_there(visit, endless):
+    page = visit(endless, is_ready=False, locale="en-US")
+    page.page.fill("#question", "Hello")
+    page.page.press("#question", "Enter")
+    page.page.locator("#stop").click()
+    page.answer()
+    assert page.tokens() == 1
+    assert page.page.locator(".status").inner_text().endswith("stopped")
 
 
 def test_a_conversation_without_room_is_refused_and_the_question_goes_back(visit, address):
@@ -407,6 +421,18 @@ def test_why_a_model_does_not_load_is_said_and_the_question_is_kept(visit, addre
     page.context.unroute_all()
     page.page.get_by_role("button", name="Reload").click()
     page.page.locator("#device").wait_for()
+
+
+def test_a_page_without_its_library_says_so(visit, address):
+    page = visit("about:blank", is_ready=False, locale="en-US")
+    page.context.route("**/transformers.min.js", lambda route: route.fulfill(status=404))
+    page.page.goto(address)
+    assert page.notice() == "The model cannot start: a file of this page is missing, or this browser is too old."
+
+
+def test_without_javascript_the_page_says_what_it_needs(visit, address):
+    page = visit(address, is_ready=False, java_script_enabled=False).page
+    assert "needs a current browser with JavaScript" in page.locator("#unstarted").inner_text()
 
 
 def test_a_browser_without_what_it_takes_is_told_so(visit, address):

@@ -4,9 +4,9 @@ import {
   AutoProcessor,
   BaseStreamer,
   DynamicCache,
-  InterruptableStoppingCriteria,
   LlavaForConditionalGeneration,
   RawImage,
+  StoppingCriteria,
   Tensor,
   cat,
   env,
@@ -127,6 +127,18 @@ class Answer extends BaseStreamer {
   }
 }
 
+/** Ends the answer after the current token once a signal says so. */
+class Aborted extends StoppingCriteria {
+  constructor(signal) {
+    super();
+    this.signal = signal;
+  }
+
+  _call(sequences) {
+    return sequences.map(() => this.signal.aborted);
+  }
+}
+
 /** Lets messages in, such as the wish to stop: between two tokens nothing else would. */
 const breathe = () =>
   new Promise((resolve) => {
@@ -150,7 +162,6 @@ export class Conversation {
     this.positions = config.text_config.max_position_embeddings ?? Infinity;
     const forward = model.forward.bind(model);
     model.forward = (inputs) => breathe().then(() => forward(inputs));
-    this.stopping = new InterruptableStoppingCriteria();
     this.reset();
   }
 
@@ -168,22 +179,17 @@ export class Conversation {
     this.cachedImages = 0;
   }
 
-  /** End the answer after the current token. What was written by then stays in the conversation. */
-  stop() {
-    this.stopping.interrupt();
-  }
-
   /**
    * Put a question, with images before it. A question that is refused leaves the conversation as it was.
    *
    * @param {string} question
    * @param {File[]} files images
    * @param {(text: string) => void} onText given the answer so far
-   * @returns {Promise<{text: string, tokens: number, rate: number}>}
+   * @param {AbortSignal} signal ends the answer after the current token; what was written by then stays in the conversation
+   * @returns {Promise<{text: string, tokens: number, rate: number, stopped: boolean}>}
    * @throws {Refusal}
    */
-  async ask(question, files, onText) {
-    this.stopping.reset();
+  async ask(question, files, onText, signal) {
     const images = [...this.images];
     for (const file of files) images.push(await this.readPixels(file));
     // Images as in the training data: in front, then a line break
@@ -210,7 +216,7 @@ export class Conversation {
         max_new_tokens: Math.min(NEW_TOKENS, room),
         do_sample: false,
         streamer: answer,
-        stopping_criteria: this.stopping,
+        stopping_criteria: new Aborted(signal),
         return_dict_in_generate: true,
       });
     } catch (error) {
@@ -222,7 +228,7 @@ export class Conversation {
     this.cachedImages = images.length;
     this.images = images;
     this.messages = [...messages, { role: "assistant", content: [{ type: "text", text: answer.text }] }];
-    return { text: answer.text, tokens: answer.ids.length, rate: answer.rate, stopped: this.stopping.interrupted };
+    return { text: answer.text, tokens: answer.ids.length, rate: answer.rate, stopped: signal.aborted };
   }
 
   async readPixels(file) {

@@ -1,6 +1,6 @@
 // What the visitor sees and does. The model itself runs in worker.js, in a thread of its own.
 
-import { TEXTS } from "./texts.js";
+import { EXAMPLE_IMAGES, TEXTS } from "./texts.js";
 import { photograph } from "./camera.js";
 
 const $ = (id) => document.getElementById(id);
@@ -10,7 +10,7 @@ const question = $("question");
 // ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const preferred = () => (navigator.languages.find((language) => /^(en|zh)/.test(language)) ?? "en").slice(0, 2);
-let language = localStorage.getItem("language") ?? preferred();
+let language = preferred();
 
 const say = (key, values = {}) => {
   const text = TEXTS[language][key];
@@ -75,6 +75,7 @@ const closeNotice = () => ($("notice").hidden = true);
 // ── The model's thread ───────────────────────────────────────────────────────────────────────────────────────────────
 
 let worker = null;
+let isReady = false;
 let turn = null; // the question that is being answered
 
 function startWorker() {
@@ -84,7 +85,7 @@ function startWorker() {
   worker.onmessage = ({ data }) => receive[data.type](data);
   worker.onerror = (event) => {
     event.preventDefault();
-    fail("crashed");
+    fail(isReady ? "crashed" : "unstarted");
   };
   $("loading").hidden = false;
   label($("loading").firstElementChild, "text", "starting");
@@ -111,6 +112,7 @@ const receive = {
     else $("progress").removeAttribute("value"); // how long it takes from here on is not known
   },
   ready({ device, threads }) {
+    isReady = true;
     $("loading").hidden = true;
     $("device").hidden = false;
     label($("device"), "text", device, { threads });
@@ -125,7 +127,7 @@ const receive = {
   answered({ id, text, tokens, rate, stopped }) {
     if (id !== turn?.id) return;
     const figures = make("span");
-    label(figures, "text", "rate", { tokens, rate: rate.toFixed(rate < 10 ? 1 : 0) * 1 });
+    label(figures, "text", "rate", { tokens, rate: Number(rate.toPrecision(2)) });
     const status = make("p", "status", figures);
     if (stopped) {
       const note = make("span");
@@ -135,6 +137,7 @@ const receive = {
     turn.answer.textContent = text || "…";
     turn.answer.classList.remove("waiting");
     turn.answer.after(status);
+    turn.row.ariaBusy = "false";
     turn = null;
     update();
   },
@@ -156,6 +159,7 @@ function ask(text, files) {
   shown.append(make("p", "", text));
   turn = { id: ++lastId, text, files, shown, answer: make("p", "text waiting") };
   turn.row = make("div", "answer", turn.answer);
+  turn.row.ariaBusy = "true"; // so that a screen reader waits for the whole of it
   $("messages").append(shown, turn.row);
   scrollToEnd();
   worker.postMessage({ type: "ask", id: turn.id, question: text, files });
@@ -183,6 +187,7 @@ function submit() {
   question.value = "";
   showAttached();
   ask(text, files);
+  focusQuestion();
 }
 
 function stop() {
@@ -195,8 +200,11 @@ function reset() {
   $("messages").replaceChildren();
   closeNotice();
   update();
-  question.focus();
+  focusQuestion();
 }
+
+/** Where typing goes; not on a touch screen, whose keyboard would cover the answer. */
+const focusQuestion = () => matchMedia("(pointer: fine)").matches && question.focus();
 
 /** Buttons as the state wants them. */
 function update() {
@@ -233,7 +241,7 @@ async function attach(files) {
     }
   }
   showAttached();
-  question.focus();
+  focusQuestion();
 }
 
 function showAttached() {
@@ -242,7 +250,7 @@ function showAttached() {
       const remove = button("remove", "removeImage", { name: file.name }, () => {
         attached = attached.filter((other) => other !== file);
         showAttached();
-        question.focus();
+        focusQuestion();
       });
       remove.textContent = "✕";
       return make("li", "", imageOf(file), remove);
@@ -253,25 +261,23 @@ function showAttached() {
 
 async function fetchFile(address) {
   const response = await fetch(address);
-  if (!response.ok) throw new Error(`${response.status}`);
-  return new File([await response.blob()], address.split("/").at(-1), { type: response.headers.get("content-type") });
+  if (!response.ok) throw new Error(`${address}: ${response.status}`);
+  return new File([await response.blob()], address.split("/").at(-1));
 }
 
-function showExamples() {
+// Fetched at once, so that they are there without a network too; where they are missing, the page does without
+const exampleFiles = Promise.all(EXAMPLE_IMAGES.map(fetchFile)).catch(() => []);
+
+async function showExamples() {
+  const files = await exampleFiles;
   $("examples").replaceChildren(
-    ...TEXTS[language].examples.map(({ image: address, question: text }) => {
-      const image = make("img");
-      image.src = address;
-      image.alt = "";
-      const element = button("example", "example", { question: text }, async () => {
-        try {
-          const file = await fetchFile(address);
-          if (!turn && worker) ask(text, [file]);
-        } catch (error) {
-          notify("network", { reason: error.message });
-        }
+    ...files.map((file, index) => {
+      const text = say("examples")[index];
+      const element = button("example", "example", { question: text }, () => {
+        if (!turn && worker) ask(text, [file]);
+        focusQuestion();
       });
-      element.append(image, make("span", "", text));
+      element.append(imageOf(file), make("span", "", text));
       return make("li", "", element);
     }),
   );
@@ -312,7 +318,6 @@ $("stop").onclick = stop;
 $("new").onclick = reset;
 $("language").onclick = () => {
   language = language === "zh" ? "en" : "zh";
-  localStorage.setItem("language", language);
   translate();
 };
 $("notice").lastElementChild.onclick = closeNotice;
@@ -343,13 +348,15 @@ document.addEventListener("paste", (event) => {
   attach(files);
 });
 document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  $("drop").hidden = !event.dataTransfer.types.includes("Files");
+  $("drop").hidden = false;
 });
 document.addEventListener("dragleave", (event) => {
   if (!event.relatedTarget) $("drop").hidden = true; // it has left the window
 });
 document.addEventListener("drop", (event) => {
+  if (!event.dataTransfer.files.length) return;
   event.preventDefault();
   $("drop").hidden = true;
   attach([...event.dataTransfer.files]);

@@ -1,4 +1,4 @@
-// Every word that the page shows, in both languages, and the questions to begin with.
+// Every word that the page shows, in both languages. The examples are questions about EXAMPLE_IMAGES, in their order.
 
 const ENGLISH = {
   otherLanguage: "中文",
@@ -17,9 +17,6 @@ const ENGLISH = {
   stop: "Stop",
   reload: "Reload",
   drop: "Drop images here",
-  you: "You",
-  model: "MiniMind-V",
-  thinking: "Reading",
   removeImage: ({ name }) => `Remove ${name}`,
   example: ({ question }) => `Ask about this image: ${question}`,
   starting: "Starting …",
@@ -34,15 +31,13 @@ const ENGLISH = {
   network: ({ reason }) => `The model cannot be fetched: the connection failed (${reason}).`,
   missing: ({ file, status }) => `The model cannot be fetched: the server answers ${status} for ${file}.`,
   failed: ({ reason }) => `The model cannot run here: ${reason}`,
+  unstarted: "The model cannot start: a file of this page is missing, or this browser is too old.",
   crashed: "The model's thread has died; perhaps there was not enough memory.",
   unreadable: ({ name }) => `${name} is not an image that this browser can read.`,
   noCamera: ({ reason }) => `There is no camera to use: ${reason}`,
   tooLong: ({ tokens, positions }) =>
     `The conversation has grown to ${tokens} tokens, and this model holds ${positions}. Shorten the question, or start a new chat.`,
-  examples: [
-    { image: "examples/shapes-1.png", question: "How many shapes are there?" },
-    { image: "examples/shapes-2.png", question: "Which shape is at the bottom right?" },
-  ],
+  examples: ["How many shapes are there?", "Which shape is at the bottom right?"],
 };
 
 const CHINESE = {
@@ -62,9 +57,6 @@ const CHINESE = {
   stop: "停止",
   reload: "重新加载",
   drop: "把图片放到这里",
-  you: "你",
-  model: "MiniMind-V",
-  thinking: "正在看",
   removeImage: ({ name }) => `移除 ${name}`,
   example: ({ question }) => `就这张图片提问：${question}`,
   starting: "正在启动……",
@@ -79,14 +71,13 @@ const CHINESE = {
   network: ({ reason }) => `无法获取模型：网络连接失败（${reason}）。`,
   missing: ({ file, status }) => `无法获取模型：服务器对 ${file} 返回 ${status}。`,
   failed: ({ reason }) => `模型无法在这里运行：${reason}`,
+  unstarted: "模型无法启动：页面缺少文件，或者浏览器版本太旧。",
   crashed: "模型所在的线程已中止，可能是内存不足。",
   unreadable: ({ name }) => `浏览器无法读取这个图片文件：${name}`,
   noCamera: ({ reason }) => `没有可用的摄像头：${reason}`,
   tooLong: ({ tokens, positions }) => `对话已有 ${tokens} 个 token，而这个模型最多容纳 ${positions} 个。请缩短问题，或开始新对话。`,
-  examples: [
-    { image: "examples/shapes-1.png", question: "图中有几个图形？" },
-    { image: "examples/shapes-2.png", question: "右下是什么图形？" },
-  ],
+  examples: ["图中有几个图形？", "右下是什么图形？"],
 };
 
+export const EXAMPLE_IMAGES = ["examples/shapes-1.png", "examples/shapes-2.png"];
 export const TEXTS = { en: ENGLISH, zh: CHINESE };

@@ -15,20 +15,23 @@ loading.then(
   (error) => report({ type: "failed" }, error),
 );
 
-async function ask(conversation, { id, question, files }) {
+async function ask(conversation, { id, question, files }, signal) {
   try {
-    const answer = await conversation.ask(question, files, (text) => postMessage({ type: "text", id, text }));
+    const answer = await conversation.ask(question, files, (text) => postMessage({ type: "text", id, text }), signal);
     postMessage({ type: "answered", id, ...answer });
   } catch (error) {
     report({ type: "refused", id }, error);
   }
 }
 
-let last = loading.then(({ conversation }) => conversation); // what was asked for goes on in order …
-self.onmessage = async ({ data }) => {
-  if (data.type !== "ask") loading.then(({ conversation }) => conversation.stop(), () => {}); // … but stopping does not wait
+let last = loading.then(({ conversation }) => conversation); // questions are answered in order …
+let stopping = new AbortController();
+self.onmessage = ({ data }) => {
+  if (data.type === "ask") stopping = new AbortController();
+  else stopping.abort(); // … but stopping does not wait
+  const { signal } = stopping;
   last = last.then(async (conversation) => {
-    if (data.type === "ask") await ask(conversation, data);
+    if (data.type === "ask") await ask(conversation, data, signal);
     if (data.type === "reset") conversation.reset();
     return conversation;
   });
