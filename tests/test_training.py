@@ -339,6 +339,13 @@ def test_label_smoothing_is_refused(home, rows, tmp_path):
         make_trainer(home, rows, tmp_path, label_smoothing_factor=0.1)
 
 
+def test_checkpoints_are_not_pushed(home, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniMindVTrainer, "init_hf_repo", lambda self: None)
+    with pytest.raises(ValueError, match=r"hub_strategy=every_save: expected 'end'"):
+        make_trainer(home, rows, tmp_path, push_to_hub=True, hub_strategy="every_save")
+    make_trainer(home, rows, tmp_path, push_to_hub=True)
+
+
 # ── Metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -577,6 +584,14 @@ def test_a_run_that_was_killed_after_its_last_step_takes_none_more(home, rows, t
     trainer.create_model_card()
     # And its card counts the time of all its parts
     assert re.search(r"\| training time \| 10\d\d s \|", (tmp_path / "run" / "README.md").read_text())
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_warned_of(home, rows, two_checkpoints, tmp_path, caplog):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    trainer = make_trainer(home, rows, tmp_path / "run", max_steps=5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    assert re.search(r"Nothing is left to train: .*checkpoint-8 has 8 steps, and 5 are asked for", caplog.text)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

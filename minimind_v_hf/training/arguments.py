@@ -104,6 +104,7 @@ def native_recipe() -> dict[str, Any]:
         "dataloader_num_workers": min(4, max(1, (os.cpu_count() or 2) // 2)),
         "logging_steps": 10,
         "save_total_limit": 2,
+        "hub_strategy": "end",  # checkpoints are no whole models
         "report_to": ["tensorboard"] if is_tensorboard_available() else [],
     }
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data import PixelNormalizer
@@ -60,7 +60,8 @@ class MiniMindVTrainer(Trainer):
 
     Raises:
         ValueError: label smoothing is asked for, which `Trainer` would compute against labels that are not shifted; one
-            process has several cards; the model was loaded in shards; or FSDP is of version 1, which was never tried.
+            process has several cards; the model was loaded in shards; FSDP is of version 1, which was never tried; or
+            checkpoints would be pushed to the Hub.
     """
 
     def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
@@ -82,6 +83,11 @@ class MiniMindVTrainer(Trainer):
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("FSDP version 1: expected 2. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does.")
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy={self.args.hub_strategy.value}: expected 'end'. Only the finished model is pushed, since "
+                "checkpoints leave a frozen encoder out."
+            )
         self.save_encoder = save_encoder
         self.data_counts = data_counts or {}
         self.start = getattr(self.bare_model(), "name_or_path", "") or None
@@ -233,6 +239,11 @@ class MiniMindVTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         """As in `Trainer`, but no epoch is left to a run that was killed after its last step: it would take one step more."""
         num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed_step > max_steps:
+            logger.warning(
+                f"Nothing is left to train: {self._loading_from} has {self._resumed_step} steps, and {max_steps} are asked "
+                "for. The model is that of the checkpoint."
+            )
         return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
 
     def _engine(self) -> str:
@@ -283,11 +294,6 @@ class MiniMindVTrainer(Trainer):
                 run = {"global_batch_size": self.global_batch_size(), "seconds": self._seconds(), "encoder": self._encoder}
                 mark_complete(folder, run | {"engine": self._engine()})
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: `_save_checkpoint` pushes when the checkpoint is complete."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model and its processor, as a folder for the Hub; no file of it is ever half written."""
