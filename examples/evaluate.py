@@ -5,7 +5,10 @@
 
 The data set is one that training could read; the last message of each row is the right answer. What is measured:
 
-* exact: the answer is the right one, letter by letter.
+* exact: the answer is the right one, letter by letter. In brackets, where the true share lies with 95% confidence (Wilson).
+* text-only: the same, when the questions are asked without their images. What is right then, the questions give away; what
+  exceeds it was seen. (To a blank image a model that sees may say rightly that nothing is there, which would tell less.)
+* commonest: always the commonest right answer to questions of the same kind and language.
 * token F1: the harmonic mean of precision and recall over words, or over characters in Chinese, without regard to case and
   punctuation; the mean over the questions.
 * BLEU: of all answers together, by sacrebleu, with its Chinese tokenisation where the right answers have Chinese. Answers
@@ -13,8 +16,12 @@ The data set is one that training could read; the last message of each row is th
 * choice: of a row's `"choices": ["A", "B", ...]`, the likeliest is the right one. The likelihood is that of the whole answer
   with its end, so that long and short ones compete fairly.
 
-A row's "kind", if it has one, groups the table. A run that was cut short goes on where it stopped when it is started again. The
-wrong answers are drawn beside the output file. BLEU needs sacrebleu, and the sheet matplotlib.
+A row's "kind", if it has one, groups the table. Rows with `"contents": ["cat", "dog", ...]`, the names of what their image
+shows, bring further questions in the manner of POPE: is there a cat? Yes is right as often as no; "all" does not count them. A
+second table has accuracy, precision, recall, F1 and the share of yes for all questions with such right answers.
+
+A run that was cut short goes on where it stopped when it is started again. The wrong answers are drawn beside the output file.
+BLEU needs sacrebleu, and the sheet matplotlib.
 """
 
 import argparse
@@ -22,7 +29,6 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +41,20 @@ from minimind_v_hf.configuration_minimind_v import IMAGE_PLACEHOLDER
 from minimind_v_hf.data import read_conversations
 from minimind_v_hf.data.images import file_state, read_image
 from minimind_v_hf.files import write_file
+from minimind_v_hf.measures import (
+    HAN,
+    commonest_right,
+    corpus_bleu,
+    presence_questions,
+    right_answer,
+    token_f1,
+    wilson_interval,
+    yes_no_scores,
+)
 from minimind_v_hf.scripts import errors_in_one_line
 
 
-HAN = "㐀-鿿豈-﫿"
-WORD = re.compile(f"[{HAN}]|[^\\W{HAN}]+")  # a Chinese character, or a word of anything else
-
-
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def token_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall over words and Chinese characters; 1 where neither text has any."""
-    given, wanted = (WORD.findall(text.lower()) for text in (answer, right))
-    common = (Counter(given) & Counter(wanted)).total()
-    return 2 * common / (len(given) + len(wanted)) if given or wanted else 1.0
-
-
-def corpus_bleu(answers: list[str], right: list[str]) -> float | None:
-    """BLEU from 0 to 100; None where sacrebleu is not installed."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        return None
-    chinese = any(re.search(f"[{HAN}]", text) for text in right)
-    return BLEU(tokenize="zh" if chinese else "13a", effective_order=True).corpus_score(answers, [right]).score
 
 
 def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: list[list[str]]) -> list[list[float]]:
@@ -105,16 +100,16 @@ def read_questions(data: Path, image_folder: Path) -> tuple[list[dict[str, Any]]
     rows, images = [], []
     for where, raw, parsed in tqdm(read_conversations(data, image_folder), desc="Reading", unit="row", delay=2):
         row = {**raw, "conversations": parsed.conversations}
-        if problem := find_problem(row):
+        if problem := find_problem(row, parsed.images):
             raise ValueError(f"{where}: {problem}")
         rows.append(row)
         images.append(parsed.images)
     return rows, images
 
 
-def find_problem(row: dict[str, Any]) -> str | None:
+def find_problem(row: dict[str, Any], images: list) -> str | None:
     """Why a conversation is no question with a right answer, if it is none."""
-    messages, choices = row["conversations"], row.get("choices")
+    messages, choices, contents = row["conversations"], row.get("choices"), row.get("contents")
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         return "expected a question, and last the assistant's right answer"
     right = messages[-1]["content"]
@@ -124,11 +119,34 @@ def find_problem(row: dict[str, Any]) -> str | None:
         return f"expected a list of texts as choices, got {choices!r}"
     if choices is not None and right not in choices:
         return f"the right answer {right!r} is not among its choices"
+    if contents is not None and not (isinstance(contents, list) and all(isinstance(name, str) and name for name in contents)):
+        return f"expected a list of names as contents, got {contents!r}"
+    if contents is not None and not images:
+        return "it has contents, but no image that shows them"
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, TypeError) as error:  # half a surrogate pair, or bytes of a Parquet file
         return f"the row cannot be written as JSON ({error})"
     return None
+
+
+def ask_presence(rows: list[dict[str, Any]], images: list[list], question: str) -> tuple[list[dict[str, Any]], list[list]]:
+    """Rows that ask of the images with known contents whether a thing is there, and their images.
+
+    Args:
+        question: with {} for the name of the thing.
+    """
+    known = {tuple(images[number]): number for number, row in enumerate(rows) if row.get("contents") is not None}
+    numbers = list(known.values())  # of one row for each image
+    yes, no = ("有", "没有") if re.search(f"[{HAN}]", question) else ("yes", "no")
+    asked, shown = [], []
+    for index, name, there in presence_questions([rows[number]["contents"] for number in numbers]):
+        row, sources = rows[numbers[index]], images[numbers[index]]
+        content = f"{IMAGE_PLACEHOLDER * len(sources)}\n{question.replace('{}', name)}"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": yes if there else no}]
+        asked.append({**row, "conversations": messages, "choices": None, "kind": "presence", "presence": name})
+        shown.append(sources)
+    return asked, shown
 
 
 def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,13 +176,24 @@ def fingerprint(*sources: str | Path) -> str:
 
 @torch.inference_mode()
 def answer(model, processor, batch: list[dict[str, Any]], sources: list[list], max_new_tokens: int) -> list[dict[str, Any]]:
-    """The rows with "answer" and its measures; those with choices also with "choice" and "choice_right"."""
+    """The rows with "answer" and its measures.
+
+    Those with images also have "answer_text_only", without them; those with choices "choice" and "choice_right".
+    """
     images = [[read_image(source) for source in row] for row in sources]
     inputs = encode_questions(processor, [row["conversations"][:-1] for row in batch], images).to(model.device)
     results = []
     for row, text in zip(batch, answer_questions(model, processor, inputs, max_new_tokens=max_new_tokens), strict=True):
-        right = row["conversations"][-1]["content"].strip()
+        right = right_answer(row)
         results.append({**row, "answer": text, "right": text == right, "f1": token_f1(text, right)})
+    if seen := [row for row, shown in zip(results, images, strict=True) if shown]:
+        questions = [
+            [{**message, "content": message["content"].replace(IMAGE_PLACEHOLDER, "").strip()} for message in messages]
+            for messages in (row["conversations"][:-1] for row in seen)
+        ]
+        alone = encode_questions(processor, questions, [[]] * len(seen)).to(model.device)
+        for row, text in zip(seen, answer_questions(model, processor, alone, max_new_tokens=max_new_tokens), strict=True):
+            row |= {"answer_text_only": text, "right_text_only": text == right_answer(row)}
     choices = [row.get("choices") or [] for row in batch]
     if any(choices):
         for row, scores in zip(results, choice_scores(model, processor, inputs, choices), strict=True):
@@ -174,30 +203,51 @@ def answer(model, processor, batch: list[dict[str, Any]], sources: list[list], m
     return results
 
 
+def share(right: int, asked: int) -> str:
+    """A share and its confidence interval, in percent."""
+    low, high = wilson_interval(right, asked)
+    return f"{right / asked:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The measures of each kind of question, of each language, and of all."""
-    right = {id(row): row["conversations"][-1]["content"].strip() for row in rows}
-    chinese = {id(row): bool(re.search(f"[{HAN}]", right[id(row)])) for row in rows}
-    groups = {
-        kind: [row for row in rows if str(row.get("kind") or "") == kind]
-        for kind in sorted({str(row.get("kind") or "") for row in rows})
-    }
-    groups.pop("", None)
-    if len(set(chinese.values())) == 2:
-        groups["in Chinese"] = [row for row in rows if chinese[id(row)]]
-        groups["in other languages"] = [row for row in rows if not chinese[id(row)]]
-    groups["all"] = rows
-    lines = [f"{'questions':<20}{'asked':>8}{'exact':>9}{'token F1':>10}{'BLEU':>8}{'choice':>9}"]
+    """The measures of each kind of question, of each language, and of all that the data set asks."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("kind") or "")):
+        if row.get("kind"):
+            groups.setdefault(str(row["kind"]), []).append(row)
+    own = [row for row in rows if "presence" not in row]
+    chinese, other = ([row for row in own if bool(re.search(f"[{HAN}]", right_answer(row))) is han] for han in (True, False))
+    if chinese and other:
+        groups |= {"in Chinese": chinese, "in other languages": other}
+    groups["all"] = own
+    lines = [
+        f"{'questions':<19}{'asked':>6}{'exact (95%)':>21}{'text-only (95%)':>21}{'commonest':>11}"
+        f"{'token F1':>10}{'BLEU':>7}{'choice':>8}"
+    ]
+    yes_no_lines = [
+        f"{'yes or no':<19}{'asked':>6}{'accuracy (95%)':>21}{'precision':>11}{'recall':>8}{'F1':>8}{'yes':>8}{'neither':>9}"
+    ]
     for name, group in groups.items():
-        exact, f1 = (sum(row[key] for row in group) / len(group) for key in ("right", "f1"))
-        bleu = corpus_bleu([row["answer"] for row in group], [right[id(row)] for row in group])
+        answers, right = [row["answer"] for row in group], [right_answer(row) for row in group]
+        exact, f1 = share(sum(row["right"] for row in group), len(group)), sum(row["f1"] for row in group) / len(group)
+        alone = [row["right_text_only"] for row in group if "right_text_only" in row]
+        text_only = share(sum(alone), len(alone)) if alone else "–"
+        bleu = corpus_bleu(answers, right)
+        score = "–" if bleu is None else f"{bleu:.1f}"
         chosen = [row["choice_right"] for row in group if "choice" in row]
         choice = f"{sum(chosen) / len(chosen):.1%}" if chosen else "–"
-        score = "–" if bleu is None else f"{bleu:.1f}"
-        lines.append(f"{name:<20}{len(group):>8}{exact:>9.1%}{f1:>10.1%}{score:>8}{choice:>9}")
+        lines.append(
+            f"{name:<19}{len(group):>6}{exact:>21}{text_only:>21}{commonest_right(group) / len(group):>11.1%}"
+            f"{f1:>10.1%}{score:>7}{choice:>8}"
+        )
+        if scores := yes_no_scores(zip(answers, right, strict=True)):
+            yes_no_lines.append(
+                f"{name:<19}{scores.asked:>6}{share(scores.right, scores.asked):>21}{scores.precision:>11.1%}"
+                f"{scores.recall:>8.1%}{scores.f1:>8.1%}{scores.yes:>8.1%}{scores.neither:>9}"
+            )
     if bleu is None:
         lines.append("BLEU needs sacrebleu: pip install sacrebleu")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", *yes_no_lines] if yes_no_lines[1:] else [])])
 
 
 @errors_in_one_line()
@@ -206,6 +256,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a saved model")
     parser.add_argument("--data", required=True, type=Path, help="JSONL or Parquet file with the questions and right answers")
     parser.add_argument("--images", required=True, type=Path, help="folder or zip archive that holds the images")
+    parser.add_argument(
+        "--presence",
+        default="Is there a {} in the image?",
+        help="question about a row's contents, in words that the model knows (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write, one line per question")
     parser.add_argument("--batch-size", type=int, default=50, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
@@ -213,6 +268,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens: expected 1 or more")
+    if "{}" not in arguments.presence:
+        parser.error(f"--presence: expected a question with {{}} for the name, got {arguments.presence!r}")
     if not arguments.data.is_file() or not arguments.images.exists():
         parser.error(f"expected a file and a folder: --data {arguments.data} --images {arguments.images}")
     if arguments.output.is_dir() or (arguments.output.exists() and arguments.output.samefile(arguments.data)):
@@ -220,13 +277,15 @@ def main() -> None:
 
     # ── Questions and model ──
     rows, images = read_questions(arguments.data, arguments.images)
+    for old, new in zip((rows, images), ask_presence(rows, images, arguments.presence), strict=True):
+        old += new
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
 
     # ── Answers ──
     settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
     settings["images"] = fingerprint(*(source for row in images for source in row if isinstance(source, str)))
-    settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8}
+    settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8, "presence": arguments.presence}
     unfinished = arguments.output.with_name(arguments.output.name + ".part")
     done = finished_rows(unfinished, settings, rows)
     with (
@@ -245,8 +304,8 @@ def main() -> None:
 
     # ── What came out ──
     print(table(done))
-    exact = sum(row["right"] for row in done)
-    print(f"{exact} of {len(done)} answers are exact ({exact / len(done):.1%}). They are in {arguments.output}.")
+    own = [row["right"] for row in done if "presence" not in row]
+    print(f"{sum(own)} of {len(own)} answers are exact ({sum(own) / len(own):.1%}). They are in {arguments.output}.")
     sheet = arguments.output.with_name(f"{arguments.output.stem}_errors.png")
     sheet.unlink(missing_ok=True)
     wrong = [(row, sources[0]) for row, sources in zip(done, images, strict=True) if sources and not row["right"]]

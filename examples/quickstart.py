@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from minimind_v_hf.chat import answer_questions, encode_questions
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, tokenize_conversations
 from minimind_v_hf.data.images import read_image
 from minimind_v_hf.files import make_readable
+from minimind_v_hf.measures import commonest_right
 from minimind_v_hf.preparation import build_chat_template, prepare_tokenizer, train_tokenizer
 from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.shapes import IMAGE_SIZE, write_data_set
@@ -36,15 +36,6 @@ PATCH_SIZE = 16  # so that an image of 64 pixels becomes 4 x 4 patches
 NEW_TOKENS = 12  # of the longest answer
 CHECKED = 50  # held-out questions that the trained model answers too
 ENOUGH = 10_000  # images, from which on a run must have learned
-
-
-def most_common_answer(rows: list[dict]) -> dict[tuple, int]:
-    """How often the commonest answer is right, for each kind of question and each language."""
-    answers: dict[tuple, Counter] = {}
-    for row in rows:
-        question, answer = (message["content"] for message in row["conversations"])
-        answers.setdefault((row["kind"], question.isascii()), Counter())[answer] += 1
-    return {group: counter.most_common(1)[0][1] for group, counter in answers.items()}
 
 
 @errors_in_one_line()
@@ -159,13 +150,7 @@ def main() -> None:
     # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────
     draw_answers(list(zip(rows, images, strict=True)), folder / "answers.png")
     stage_done("draw the sheets")
-    print(f"\n{'held-out questions':<20}{'asked':>8}{'exact':>9}{'majority answer':>18}")
-    kinds = sorted({row["kind"] for row in rows})
-    for kind in [*kinds, "all"]:
-        asked = [row for row in rows if kind in (row["kind"], "all")]
-        exact = sum(row["right"] for row in asked) / len(asked)
-        majority = sum(most_common_answer(asked).values()) / len(asked)
-        print(f"{kind:<20}{len(asked):>8}{exact:>9.1%}{majority:>18.1%}")
+    exact, majority = sum(row["right"] for row in rows) / len(rows), commonest_right(rows) / len(rows)
     print()
     for name, seconds in [*stages.items(), ("total", sum(stages.values()))]:
         print(f"{name:<20}{seconds:>7.1f} s")

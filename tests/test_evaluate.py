@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import math
 import subprocess
 import sys
 import zipfile
@@ -12,40 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MOE, make_image, make_model, make_processor
-from evaluate import choice_scores, corpus_bleu, fingerprint, finished_rows, main, read_questions, table, token_f1
+from evaluate import answer, ask_presence, choice_scores, fingerprint, finished_rows, main, read_questions, table
 
 from minimind_v_hf.data.images import read_image
 
 
 EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "expected"),
-    [
-        ("red", "red", 1.0),
-        ("Red.", "red", 1.0),
-        ("a red ring", "a blue ring", 2 / 3),
-        ("red red", "red", 2 / 3),
-        ("红色", "红色的", 4 / 5),
-        ("左上 ring", "左上", 4 / 5),
-        ("", "red", 0.0),
-        ("", "…", 1.0),
-    ],
-)
-def test_token_f1(answer, right, expected):
-    assert math.isclose(token_f1(answer, right), expected)
-
-
-def test_bleu():
-    pytest.importorskip("sacrebleu")
-    assert corpus_bleu(["red", "two"], ["red", "two"]) == pytest.approx(100)
-    # By hand: precisions of one to four words, and the same lengths
-    expected = 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    assert corpus_bleu(["the cat sat on a mat"], ["the cat sat on the mat"]) == pytest.approx(expected)
-    # Words would have nothing in common; characters have 3 of 4, 2 of 3, 1 of 2, and 0 of 1, which smoothing makes 1/2
-    expected = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
-    assert corpus_bleu(["左上红环"], ["左上红球"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text_config", [None, MOE], ids=["dense", "moe"])
@@ -83,6 +54,8 @@ def data_set(tmp_path_factory):
         make_image(colour).save(folder / "images" / f"{number}.png")
         messages = [{"role": "user", "content": "<image>\nWhat colour?"}, {"role": "assistant", "content": colour}]
         rows.append({"conversations": messages, "image": f"{number}.png", "kind": "colour", "choices": ["red", colour]})
+        if number < 2:
+            rows[-1]["contents"] = [f"{colour} square"]
     rows.append({"conversations": [{"role": "user", "content": "几？"}, {"role": "assistant", "content": "三"}]})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -95,23 +68,29 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     main()
     lines = Path("whole.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == 6
+    assert len(rows) == 10
     assert all(row["right"] == (row["answer"] == row["conversations"][1]["content"]) for row in rows)
     assert [row["choice"] in row["choices"] for row in rows[:5]] == [True] * 5
+    assert {(row["conversations"][0]["content"], row["image"], row["conversations"][1]["content"]) for row in rows[6:]} == {
+        ("<image>\nIs there a red square in the image?", "0.png", "yes"),
+        ("<image>\nIs there a red square in the image?", "1.png", "no"),
+        ("<image>\nIs there a green square in the image?", "0.png", "no"),
+        ("<image>\nIs there a green square in the image?", "1.png", "yes"),
+    }
     assert table(rows) in capsys.readouterr().out
     assert Path("whole_errors.png").read_bytes().startswith(b"\x89PNG")
 
     # As if the power had failed in the middle of the fourth line
-    pictures = [Path("images", row["image"]).resolve() for row in rows[:5]]
+    pictures = [Path("images", row["image"]).resolve() for row in rows if "image" in row]
     settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*pictures)}
-    settings |= {"length": 4, "int8": False}
+    settings |= {"length": 4, "int8": False, "presence": "Is there a {} in the image?"}
     # Some separators of lines may stand in a text
     first = json.dumps({**rows[0], "answer": "from\u2028before\x85"}, ensure_ascii=False) + "\n"
     Path("rest.jsonl.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])
     command = [sys.executable, str(EVALUATE), *options, "--output", "rest.jsonl"]
     rest = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert rest.returncode == 0, rest.stderr[-2000:]
-    assert "3 of 6 questions were answered before" in rest.stderr
+    assert "3 of 10 questions were answered before" in rest.stderr
     expected = [{**rows[0], "answer": "from\u2028before\x85"}, *rows[1:]]
     assert [json.loads(line) for line in Path("rest.jsonl").read_text().split("\n")[:-1]] == expected
     assert not Path("rest.jsonl.part").exists()
@@ -136,6 +115,7 @@ def test_changed_files_are_noticed(tmp_path):
         ({"--data": "images"}, "expected a file and a folder: --data images"),
         ({"--model": "nowhere"}, "Cannot load the model 'nowhere': there is no such folder"),
         ({"--batch-size": "0"}, "expected 1 or more"),
+        ({"--presence": "Is it there?"}, "expected a question with {} for the name"),
     ],
 )
 def test_wrong_arguments_are_one_line(data_set, monkeypatch, capsys, options, error):
@@ -173,6 +153,8 @@ def answered(question, role="user", **more):
         (answered("<image>", image="link.png"), "line 2: .*link.png.*symbolic link leads out of"),
         (answered("?", kind="\ud800"), "line 2: the row cannot be written as JSON"),
         (answered("?", image="0.png"), "line 2: 0 <image> placeholders, but 1 images"),
+        (answered("?", contents=["cat"]), "line 2: it has contents, but no image"),
+        (answered("<image>", contents="cat", image="red.png"), "line 2: expected a list of names as contents, got 'cat'"),
         ('{"image": "0.png"}', "line 2: .*'conversations'"),
         ('{"conversations": [{"role": "user", "content": "Hi"}]}', "line 2: expected a question"),
         (
@@ -213,6 +195,7 @@ def test_bad_rows_are_named_before_any_work(line, error, tmp_path):
     outside = tmp_path.parent / "outside.png"
     make_image().save(outside)
     (tmp_path / "link.png").symlink_to(outside)
+    make_image().save(tmp_path / "red.png")
     make_image().save(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=error):
@@ -220,25 +203,57 @@ def test_bad_rows_are_named_before_any_work(line, error, tmp_path):
 
 
 def test_table_without_choices_and_with_two_languages():
-    def row(right, answer, kind):
+    def row(right, text, kind, **more):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": right}]
-        return {
-            "conversations": messages,
-            "answer": answer,
-            "right": right == answer,
-            "f1": float(right == answer),
-            "kind": kind,
-        }
+        right = right == text
+        return {"conversations": messages, "answer": text, "right": right, "f1": float(right), "kind": kind, **more}
 
-    lines = table([row("red", "red", "colour"), row("红", "绿", "colour"), row("two", "two", "count")]).splitlines()
-    shares = {line[:20].strip(): line[20:].split()[:3] for line in lines[1:6]}
-    assert shares == {
-        "colour": ["2", "50.0%", "50.0%"],
-        "count": ["1", "100.0%", "100.0%"],
-        "in Chinese": ["1", "0.0%", "0.0%"],
-        "in other languages": ["2", "100.0%", "100.0%"],
-        "all": ["3", "66.7%", "66.7%"],
+    rows = [
+        row("red", "red", "colour", right_text_only=True),
+        row("红", "绿", "colour", right_text_only=False),
+        row("two", "two", "count"),
+        row("yes", "Yes, there is.", "presence", right_text_only=False, presence="cat"),
+    ]
+    lines = table(rows).splitlines()
+    assert lines[0].split("  ")[0] == "questions"
+    # By Wilson: 1 of 1 is 20.7% to 100%, 0 of 1 up to 79.3%, 1 of 2 is 9.5% to 90.5%
+    assert {line[:19].strip(): line[19:].split()[:6] for line in lines[1:7]} == {
+        "colour": ["2", "50.0%", "(9.5–90.5)", "50.0%", "(9.5–90.5)", "100.0%"],
+        "count": ["1", "100.0%", "(20.7–100.0)", "–", "100.0%", "100.0%"],
+        "presence": ["1", "0.0%", "(0.0–79.3)", "0.0%", "(0.0–79.3)", "100.0%"],
+        "in Chinese": ["1", "0.0%", "(0.0–79.3)", "0.0%", "(0.0–79.3)", "100.0%"],
+        "in other languages": ["2", "100.0%", "(34.2–100.0)", "100.0%", "(20.7–100.0)", "100.0%"],
+        "all": ["3", "66.7%", "(20.8–93.9)", "50.0%", "(9.5–90.5)", "100.0%"],  # that the data set itself asks
     }
+    assert lines[-2].split() == ["yes", "or", "no", "asked", "accuracy", "(95%)", "precision", "recall", "F1", "yes", "neither"]
+    assert lines[-1].split() == ["presence", "1", "100.0%", "(20.7–100.0)", *["100.0%"] * 4, "0"]
+
+
+def test_text_only_answers_are_those_to_the_question_alone():
+    torch.manual_seed(5)
+    model, processor = make_model(), make_processor()
+    right = {"role": "assistant", "content": "red"}
+    alone = [{"role": "user", "content": "What?"}, right]
+    rows = [{"conversations": [{"role": "user", "content": "<image>\nWhat?"}, right]}, {"conversations": alone}]
+    first, second = answer(model, processor, rows, [[make_image()], []], 8)
+    assert first["answer_text_only"] == second["answer"] != first["answer"]
+    assert first["right_text_only"] is False
+    assert "answer_text_only" not in second
+
+
+def test_what_images_contain_becomes_questions():
+    conversation = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "a cat"}]
+    row = {"conversations": conversation, "choices": ["a cat", "a dog"], "image": "0.png"}
+    rows = [{**row, "contents": ["cat"]}, {**row, "contents": ["cat"]}, {**row, "contents": []}, row]
+    asked, shown = ask_presence(rows, [["0.png"], ["0.png"], ["1.png"], ["2.png"]], "Is there a {}?")
+    assert [(*(message["content"] for message in row["conversations"]), row["kind"]) for row in asked] == [
+        ("<image>\nIs there a cat?", "yes", "presence"),
+        ("<image>\nIs there a cat?", "no", "presence"),
+    ]
+    assert shown == [["0.png"], ["1.png"]]  # once of an image that several rows have
+    assert not any(row["choices"] for row in asked)
+    asked, _ = ask_presence(rows, [["0.png"], ["0.png"], ["1.png"], ["2.png"]], "图中有{}吗？")
+    assert [row["conversations"][1]["content"] for row in asked] == ["有", "没有"]
 
 
 def test_questions_may_have_any_form_that_training_takes(tmp_path):
