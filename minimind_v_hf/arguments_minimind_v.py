@@ -113,7 +113,7 @@ def check_lengths(
 
 def check_pixels(pixel_values: torch.Tensor, size: int) -> None:
     """Raise a ValueError for pixels that are not the image processor's: floating-point numbers, `size` by `size`."""
-    if tuple(pixel_values.shape[-2:]) != (size, size):  # some encoders would interpolate, and give other patches
+    if tuple(pixel_values.shape[-2:]) != (size, size):  # there are encoders that would interpolate, and give other patches
         raise ValueError(
             f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, but the encoder expects "
             f"{size}x{size}: use the image processor that belongs to the model."

@@ -136,30 +136,30 @@ def is_minimind(text_config: PreTrainedConfig) -> bool:
 def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], batch_size: int, config: MiniMindVTextConfig) -> torch.Tensor:
     """The auxiliary loss that keeps the experts equally busy, summed over layers, as the native trainers define it.
 
-    With f_e the number of times that expert e is chosen per token and p_e its mean score, both over the tokens of one
-    sequence (MiniMind2) or of the whole batch (minimind-3), padding included:
+    `often` is how many times an expert is chosen per token, and `score` its mean score, both over the tokens of one sequence
+    (MiniMind2) or of the whole batch (minimind-3), padding included:
 
-        MiniMind2   coef * mean over sequences of  sum_e (E / k) f_e p_e
-        minimind-3  coef * E * sum_e f_e p_e
+        MiniMind2   coef * mean over sequences of  E / A * sum over experts of  often * score
+        minimind-3  coef * E * sum over experts of  often * score
 
     Args:
         router_logits: one tensor (B*T, E) per layer.
         batch_size: B.
-        config: gives k, `seq_aux` and `router_aux_loss_coef`.
+        config: gives E, A, `seq_aux` and `router_aux_loss_coef`.
 
     Returns:
         A scalar, with the coefficient applied.
     """
     groups = batch_size if config.seq_aux else 1
-    k = config.num_experts_per_tok
+    active = config.num_experts_per_tok
     total = router_logits[0].new_zeros((), dtype=torch.float32)
     for logits in router_logits:
         scores = F.softmax(logits, dim=-1, dtype=torch.float32)
-        chosen = F.one_hot(scores.topk(k, dim=-1).indices, config.num_experts).sum(dim=1).float()  # (B*T, E)
-        f = chosen.view(groups, -1, config.num_experts).mean(dim=1)  # (groups, E)
-        p = scores.view(groups, -1, config.num_experts).mean(dim=1)
-        balance = (f * p).sum(dim=-1).mean() * config.num_experts
-        total = total + (balance / k if config.seq_aux else balance)
+        chosen = F.one_hot(scores.topk(active, dim=-1).indices, config.num_experts).sum(dim=1).float()  # (B*T, E)
+        often = chosen.view(groups, -1, config.num_experts).mean(dim=1)  # (groups, E)
+        score = scores.view(groups, -1, config.num_experts).mean(dim=1)
+        balance = (often * score).sum(dim=-1).mean() * config.num_experts
+        total = total + (balance / active if config.seq_aux else balance)
     return config.router_aux_loss_coef * total
 
 
@@ -181,7 +181,7 @@ def loss_at_labels(
     """
     targets = shifted(labels, **kwargs).to(hidden_states.device)
     learned = targets != -100  # (B, T)
-    hidden_states, targets = hidden_states[learned], targets[learned]  # (M, D) and (M,)
+    hidden_states, targets = hidden_states[learned], targets[learned]  # (learned, D) and (learned,)
 
     def summed_loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")

@@ -7,9 +7,9 @@ This file is copied into every saved model folder, so it depends on torch and tr
 
 Legend of the shape comments:
     B  sequences in the batch           D  width of the decoder (hidden_size)
-    T  tokens in this forward pass      H  query heads, K key/value heads, d  head_dim
-    S  tokens that keys cover: T + past E  experts, k  experts per token, F  width of the feed-forward block
-    V  vocabulary
+    T  tokens in this forward pass      H  query heads, K  key/value heads, W  width of a head (head_dim)
+    S  tokens that keys cover: T + past E  experts, A  experts that a token is sent to
+    V  vocabulary                       I  width of the feed-forward block (intermediate_size)
 """
 
 import torch
@@ -47,12 +47,12 @@ class MiniMindRotaryEmbedding(nn.Module):
         self.rope_type = config.rope_parameters["rope_type"]
         init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = init_fn(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)  # (d/2,)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)  # (W/2,)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniMindVTextConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """The frequencies base^(-2i/d) for i < d/2, and a scale of the attention, which plain RoPE leaves at 1."""
+        """The frequencies base^(-2i/W) for i < W/2, and a scale of the attention, which plain RoPE leaves at 1."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -60,31 +60,31 @@ class MiniMindRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # In float32 whatever the dtype of the model: in bfloat16, neighbouring late positions would fall together
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # (B, T, d/2)
-        angles = torch.cat((angles, angles), dim=-1)  # (B, T, d)
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)  # (B, T, W/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, W)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_{i+d/2}) of queries or keys (B, H or K, T, d) by the angles of their positions, (B, 1, T, d)."""
+    """Turn each pair (x_i, x_{i+W/2}) of queries or keys (B, H or K, T, W) by the angles of their positions, (B, 1, T, W)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
     module: "MiniMindAttention",
-    query: torch.Tensor,  # (B, H, T, d)
-    key: torch.Tensor,  # (B, K, S, d)
-    value: torch.Tensor,  # (B, K, S, d)
+    query: torch.Tensor,  # (B, H, T, W)
+    key: torch.Tensor,  # (B, K, S, W)
+    value: torch.Tensor,  # (B, K, S, W)
     attention_mask: torch.Tensor | None,  # (B or 1, 1, T, S), added to the scores
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: the output (B, T, H, d) and, as of no faster one, the weights (B, H, T, S)."""
+    """Attention written out: the output (B, T, H, W) and, as of no faster one, the weights (B, H, T, S)."""
     # Each key/value head serves a group of query heads
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, d)
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, W)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
@@ -118,22 +118,22 @@ class MiniMindAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, D)
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos and sin, (B, T, d) each
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos and sin, (B, T, W) each
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]  # (B, T)
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, H, T, d)
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, K, T, d)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, K, T, d)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, H, T, W)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)  # (B, K, T, W)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, K, T, W)
 
         cos, sin = position_embeddings
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # alike for all heads
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, K, S, d)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, K, S, W)
         elif cache is not None:  # before 5.24, the attention function itself updates the cache of continuous batching
             kwargs["cache"] = cache
 
@@ -141,7 +141,7 @@ class MiniMindAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention_interface(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )  # (B, T, H, d)
+        )  # (B, T, H, W)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
@@ -156,7 +156,7 @@ class MiniMindMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # D -> F -> D
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # D -> I -> D
 
 
 class MiniMindTopKRouter(nn.Module):
@@ -171,7 +171,7 @@ class MiniMindTopKRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = F.linear(hidden_states, self.weight)  # (B*T, E)
         scores = F.softmax(logits, dim=-1, dtype=torch.float32)
-        weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)  # (B*T, k) each
+        weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)  # (B*T, A) each
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights.to(logits.dtype), experts
@@ -192,8 +192,8 @@ class MiniMindExperts(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B*T, D)
-        top_k_index: torch.Tensor,  # (B*T, k)
-        top_k_weights: torch.Tensor,  # (B*T, k)
+        top_k_index: torch.Tensor,  # (B*T, A)
+        top_k_weights: torch.Tensor,  # (B*T, A)
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):

@@ -186,7 +186,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             outputs = self._encode_no_images(pixel_values)
         else:
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
-        outputs.pooler_output = None
+        outputs.pooler_output = None  # the encoder's own is one vector for the whole image
         outputs.pooler_output = self._projected(outputs)
         return outputs
 

@@ -78,7 +78,7 @@ class Int8Experts(nn.Module):
         self.act_fn = experts.act_fn
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """As `MiniMindExperts`: hidden states (B*T, D), the experts of each token and their weights (B*T, k)."""
+        """As `MiniMindExperts`: hidden states (B*T, D), the experts of each token and their weights (B*T, A)."""
         shares = hidden_states.new_zeros(len(hidden_states), len(self.down_proj))  # (B*T, E)
         shares.scatter_(1, top_k_index, top_k_weights.to(shares.dtype))
         output = torch.zeros_like(hidden_states)
