@@ -6,10 +6,8 @@ import sys
 
 import pytest
 import torch
-import transformers
 from conftest import IMAGE_SIZE, MOE, image_url, make_config, make_image, make_model, make_processor, running_server
-from packaging import version
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForMultimodalLM, ContinuousBatchingConfig, GenerationConfig
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVProcessor
 
@@ -51,7 +49,7 @@ def server(folder):
 
 def greedy_answer(folder, question: str, images: list) -> tuple[int, str]:
     """The length of the prompt and the answer, by `generate()`."""
-    model, processor = transformers.AutoModelForMultimodalLM.from_pretrained(folder), MiniMindVProcessor.from_pretrained(folder)
+    model, processor = AutoModelForMultimodalLM.from_pretrained(folder), MiniMindVProcessor.from_pretrained(folder)
     text = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     inputs = processor(text=text, images=images or None, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
@@ -65,8 +63,8 @@ def test_an_openai_client_gets_the_greedy_tokens(server, folder):
     client = OpenAI(base_url=server, api_key="none", timeout=120)
     answers = set()
     for colours in ((), ("red",), ("blue",), ("red", "blue")):
-        pictures = [{"type": "image_url", "image_url": {"url": image_url(colour)}} for colour in colours]
-        question = [{"role": "user", "content": [*pictures, {"type": "text", "text": "What colour?"}]}]
+        images = [{"type": "image_url", "image_url": {"url": image_url(colour)}} for colour in colours]
+        question = [{"role": "user", "content": [*images, {"type": "text", "text": "What colour?"}]}]
         request = {"model": str(folder), "messages": question, "temperature": 0, "max_tokens": NEW_TOKENS}
         answer = client.chat.completions.create(**request)
         streamed = [chunk.choices[0] for chunk in client.chat.completions.create(**request, stream=True) if chunk.choices]
@@ -79,7 +77,7 @@ def test_an_openai_client_gets_the_greedy_tokens(server, folder):
         assert "".join(choice.delta.content or "" for choice in streamed) == expected
         assert streamed[-1].finish_reason == "length"
         answers.add(expected)
-    assert len(answers) > 2  # the pictures matter
+    assert len(answers) > 2  # the images matter
 
 
 def test_transformers_chat_prints_the_greedy_answer(server, folder):
@@ -94,12 +92,10 @@ def test_transformers_chat_prints_the_greedy_answer(server, folder):
     assert greedy_answer(folder, "What colour?", [])[1] in talk.stdout
 
 
-@pytest.mark.parametrize("with_eyes", [False, True])
+@pytest.mark.parametrize("has_vision", [False, True])
 @pytest.mark.parametrize("text_config", [None, MOE], ids=["dense", "moe"])
-def test_continuous_batching_gives_the_greedy_tokens(text_config, with_eyes):
-    if with_eyes and version.parse(transformers.__version__) < version.parse("5.18"):
-        pytest.skip("this transformers looks for the decoder's heads in the config of the whole model")
-    model = make_model(text_config) if with_eyes else MiniMindForCausalLM(make_config(text_config).text_config).eval()
+def test_continuous_batching_gives_the_greedy_tokens(text_config, has_vision):
+    model = make_model(text_config) if has_vision else MiniMindForCausalLM(make_config(text_config).text_config).eval()
     greedy = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=300, pad_token_id=0)
     prompts = [torch.randint(3, 180, (length,)).tolist() for length in (5, 17, 9, 30, 2)]
     alone = [model.generate(torch.tensor([ids]), generation_config=greedy)[0, len(ids) :].tolist() for ids in prompts]

@@ -1,4 +1,4 @@
-"""Videos: which frames are taken of real files, how they reach the model, and what is said of files that are none."""
+"""Videos: which frames are taken of real files, how they reach the model, and what becomes of files that are none."""
 
 import base64
 import sys
@@ -125,7 +125,7 @@ def test_large_frames_are_shrunk(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["path", "url", "video"])
-def test_messages_with_videos_and_pictures(processor, clip, key):
+def test_messages_with_videos_and_images(processor, clip, key):
     def conversation(shown):
         before = [{"type": "image", "image": make_image("green")}]
         after = [{"type": "text", "text": "What <video> and <image>?"}, {"type": "image", "image": make_image("blue")}]
@@ -134,10 +134,10 @@ def test_messages_with_videos_and_pictures(processor, clip, key):
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     actual = processor.apply_chat_template(conversation([{"type": "video", key: str(clip)}]), **options)
     frames = [{"type": "image", "image": frame} for frame in read_video(clip)]
-    as_pictures = processor.apply_chat_template(conversation(frames), **options)
+    as_images = processor.apply_chat_template(conversation(frames), **options)
     assert actual["pixel_values"].shape == (6, 3, IMAGE_SIZE, IMAGE_SIZE)
-    assert torch.equal(actual["input_ids"], as_pictures["input_ids"])
-    assert torch.equal(actual["pixel_values"], as_pictures["pixel_values"])
+    assert torch.equal(actual["input_ids"], as_images["input_ids"])
+    assert torch.equal(actual["pixel_values"], as_images["pixel_values"])
     assert "What <video> and <image>?" in processor.decode(actual["input_ids"][0])
 
 
@@ -204,7 +204,7 @@ def test_videos_and_placeholders_must_match(processor, text, videos, error):
         processor(text=text, videos=videos)
 
 
-def test_a_placeholder_beside_pictures_alone_stays_text(processor, caplog):
+def test_a_placeholder_beside_images_alone_stays_text(processor, caplog):
     outputs = processor(text="<image>a <video>", images=make_image(), return_tensors="pt")
     assert processor.decode(outputs["input_ids"][0]).endswith("a <video>")
     assert len(outputs["pixel_values"]) == 1
@@ -214,7 +214,7 @@ def test_a_placeholder_beside_pictures_alone_stays_text(processor, caplog):
 def test_bad_files_are_named(processor, clip, tmp_path):
     whole = write_video(tmp_path / "whole.mp4", [i / 10 for i in range(50)], options={"movflags": "faststart"}).read_bytes()
     cut = write_video(tmp_path / "whole.mkv", [i / 10 for i in range(50)]).read_bytes()
-    make_image().save(tmp_path / "picture.png")
+    make_image().save(tmp_path / "image.png")
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{clip}\n#EXT-X-ENDLIST\n")
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.mkv").write_bytes(cut[: len(cut) // 2])
@@ -225,7 +225,7 @@ def test_bad_files_are_named(processor, clip, tmp_path):
         "missing.mp4": "there is no such file",
         "cut.mp4": r"cut off: it should last 4.9 s, but ends after \d.\d s",
         "cut.mkv": r"cut off: it should last \d.\d s, but ends after \d.\d s",
-        **dict.fromkeys(["no index.mp4", "empty.mp4", "text.mp4", "picture.png", "list.m3u8"], "not a video in a known format"),
+        **dict.fromkeys(["no index.mp4", "empty.mp4", "text.mp4", "image.png", "list.m3u8"], "not a video in a known format"),
     }
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=rf"Cannot read video 1 of sample 0 \(.*{name}\): .*{reason}"):
@@ -248,11 +248,6 @@ def test_without_pyav_it_says_what_to_install(monkeypatch, processor, clip):
 
 
 def test_assistant_mask_behind_a_video(clip):
-    from packaging import version
-    from transformers import __version__
-
-    if version.parse(__version__) < version.parse("5.18"):
-        pytest.skip("transformers finds the mask behind a video since 5.18")
     processor = make_processor()
     messages = [
         {"role": "user", "content": [{"type": "video", "path": str(clip)}, {"type": "text", "text": "Which?"}]},
@@ -260,8 +255,8 @@ def test_assistant_mask_behind_a_video(clip):
     ]
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     outputs = processor.apply_chat_template(messages, **options)
-    said = [token for token, mask in zip(outputs["input_ids"][0], outputs["assistant_masks"][0], strict=True) if mask]
-    assert processor.tokenizer.decode(said) == "red<|im_end|>\n"
+    learned = [token for token, mask in zip(outputs["input_ids"][0], outputs["assistant_masks"][0], strict=True) if mask]
+    assert processor.tokenizer.decode(learned) == "red<|im_end|>\n"
 
 
 @pytest.mark.parametrize("num_frames", [-3, 0, 1.5, "x", True])
