@@ -79,7 +79,7 @@ def attention_maps(model, processor, inputs, max_new_tokens: int = 32, layer: in
         text = processor.tokenizer.decode([token for token, _ in pending])
         if "\ufffd" in text and token != answer[-1]:
             continue  # half a character: its tokens belong together
-        maps = np.mean([some for _, some in pending], axis=0)
+        maps = np.mean([patches for _, patches in pending], axis=0)
         looks.append(Look(text, maps, float(maps.sum())))
         pending = []
     return looks

@@ -29,7 +29,7 @@ from minimind_v_hf.scripts import errors_in_one_line
 HELP = """\
 /image PATH or URL   show an image; several may be given. A path inside a question, or dragged here, does the same
 /video PATH or URL   show a video: one frame a second, at most 64
-/reset               forget what was said and shown
+/reset               forget all messages and images
 /help                this
 /quit, or Ctrl-D     leave
 Ctrl-C               stop the answer"""

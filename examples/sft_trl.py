@@ -51,7 +51,7 @@ def main() -> None:
 
     # ── Training ──
     if not getattr(model.config.text_config, "num_experts", 0):
-        args.router_aux_loss_coef = 0.0  # TRL would look for experts to balance; where there are some, it has its own formula
+        args.router_aux_loss_coef = 0.0  # TRL would look for experts to balance; where there are, it has its own formula
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and pictures, made here: no test needs the network or a published weight."""
+"""Tiny models, tokenizers and images, made here: no test needs the network or a published weight."""
 
 import base64
 import io
@@ -97,7 +97,7 @@ def make_image(colour: str = "red", size: tuple[int, int] = (20, 20)) -> Image.I
 
 
 def image_url(colour: str) -> str:
-    """A picture as an OpenAI client sends it."""
+    """An image as an OpenAI client sends it."""
     file = io.BytesIO()
     make_image(colour, (IMAGE_SIZE, IMAGE_SIZE)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

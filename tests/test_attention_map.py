@@ -49,11 +49,11 @@ def test_half_characters_are_joined_and_their_maps_averaged(monkeypatch):
     processor, model = make_processor(), make_model(attn_implementation="eager")
     inputs = ask(processor, make_image())
     start = inputs["input_ids"].shape[1]
-    said = processor.tokenizer("é龘a")["input_ids"]
-    assert len(said) > 3  # its bytes are tokens of their own
-    step = [torch.rand(1, 4, 1, start + len(said)) for _ in range(2)]
-    sequences = torch.cat((inputs["input_ids"], torch.tensor([said])), dim=1)
-    output = type("Output", (), {"sequences": sequences, "attentions": [step] * len(said)})
+    answer = processor.tokenizer("é龘a")["input_ids"]
+    assert len(answer) > 3  # its bytes are tokens of their own
+    step = [torch.rand(1, 4, 1, start + len(answer)) for _ in range(2)]
+    sequences = torch.cat((inputs["input_ids"], torch.tensor([answer])), dim=1)
+    output = type("Output", (), {"sequences": sequences, "attentions": [step] * len(answer)})
     monkeypatch.setattr(model, "generate", lambda **_: output)
     looks = attention_maps(model, processor, inputs)
     assert [look.text for look in looks] == ["é", "龘", "a"]
@@ -87,5 +87,5 @@ def test_the_drawing(tmp_path, monkeypatch, capsys):
     with Image.open(output) as drawing:
         pixels = np.asarray(drawing.convert("RGB"), float)
     assert pixels.shape[1] > 500
-    # Coloured maps beside the red picture: many different colours
+    # Coloured maps beside the red image: many different colours
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20

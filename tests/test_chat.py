@@ -253,8 +253,8 @@ def start(folder, *arguments):
 
 def test_a_talk_in_a_terminal(folder):
     process = start(folder, "--max-new-tokens", "5")
-    picture = f"'{folder / 'red one.png'}'"
-    lines = ["/help", f"/image {picture}", "What colour?", f"And now? {picture}", "/image nowhere.png", "/nothing"]
+    image = f"'{folder / 'red one.png'}'"
+    lines = ["/help", f"/image {image}", "What colour?", f"And now? {image}", "/image nowhere.png", "/nothing"]
     out, log = process.communicate("\n".join([*lines, "/reset", "Hello", "/quit", "never read"]), timeout=300)
     assert process.returncode == 0, log
     assert out

@@ -1,4 +1,4 @@
-"""Native weights to the Hub and back: nothing is lost, nothing is guessed, and what is wrong is said in one line."""
+"""Native weights to the Hub and back: nothing is lost, nothing is guessed, and what is wrong is one line."""
 
 import functools
 import json
@@ -376,7 +376,7 @@ def test_files_that_are_no_native_weights(kind, sources, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
 
 
-def test_a_number_of_heads_that_nothing_tells_is_said_to_be_assumed(sources, tensors, tmp_path, no_fresh_process, capsys):
+def test_a_number_of_heads_that_nothing_tells_is_assumed_with_a_warning(sources, tensors, tmp_path, no_fresh_process, capsys):
     def warning(variant: str, *options: str, weights: Path | None = None) -> str:
         command = arguments(sources, tmp_path / "model", variant, weights, "--overwrite")
         command = [*command[: command.index("--num-attention-heads")], "--overwrite", *options]

@@ -252,7 +252,7 @@ def test_a_name_that_no_file_can_have_is_refused(write, images, name):
         load_conversations(write([chat("<image>", image=name)]), images)
 
 
-def test_nothing_left_is_said(write, images, processor):
+def test_nothing_left_is_an_error(write, images, processor):
     nothing = load_conversations(write([chat("<image>", image="nowhere.png")]), images, max_dropped=1)
     with pytest.raises(ValueError, match="nothing to learn from: no rows are left"):
         tokenize_conversations(nothing, processor)

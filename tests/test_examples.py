@@ -32,7 +32,7 @@ def quickstart(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_quickstart_leaves_a_model_answers_and_pictures(quickstart):
+def test_quickstart_leaves_a_model_answers_and_images(quickstart):
     folder, printed = quickstart
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 16
@@ -76,11 +76,11 @@ def test_the_first_run_fails_when_the_saved_model_does_not_answer_as_in_training
     assert f"minimind_v_hf {minimind_v_hf.__version__}, transformers {transformers.__version__}" in last
 
 
-def test_chat_answers_about_a_picture(quickstart):
+def test_chat_answers_about_an_image(quickstart):
     folder, _ = quickstart
-    picture = folder / "data" / "images" / "test-00000.jpg"
+    image = folder / "data" / "images" / "test-00000.jpg"
     options = ["--model", folder / "model", "--max-new-tokens", 5]
-    done = run("chat.py", *options, "--image", picture, "How many shapes are there?")
+    done = run("chat.py", *options, "--image", image, "How many shapes are there?")
     assert done.returncode == 0, done.stderr[-2000:]
     missing = run("chat.py", *options, "--image", "nowhere.jpg", "How many?")
     assert missing.returncode == 2

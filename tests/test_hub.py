@@ -43,11 +43,11 @@ try:
     raise SystemExit("the package can be imported, so this proves nothing")
 except ImportError:
     pass
-folder, copy, picture = sys.argv[1:]
+folder, copy, image = sys.argv[1:]
 kwargs = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **kwargs)
 processor = AutoProcessor.from_pretrained(folder, **kwargs)
-messages = [{"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What colour?"}]}]
+messages = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": "What colour?"}]}]
 inputs = processor.apply_chat_template(
     messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
 )
@@ -99,20 +99,20 @@ def run_isolated(code: str, *arguments: object, home) -> str:
 @pytest.mark.parametrize("text_config", [None, MOE], ids=["dense", "moe"])
 def test_folder_loads_without_the_package_and_so_does_its_copy(text_config, tmp_path):
     model, processor = make_model(text_config), make_processor()
-    folder, picture = tmp_path / "folder", tmp_path / "red.png"
+    folder, image = tmp_path / "folder", tmp_path / "red.png"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     assert {path.name for path in folder.iterdir()} == FILES
-    make_image(size=(IMAGE_SIZE, IMAGE_SIZE)).save(picture)
+    make_image(size=(IMAGE_SIZE, IMAGE_SIZE)).save(image)
 
     text = processor.apply_chat_template([{"role": "user", "content": "<image>What colour?"}], add_generation_prompt=True)
-    inputs = processor(text=text, images=str(picture), return_tensors="pt")
+    inputs = processor(text=text, images=str(image), return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1, :5]
 
     for source, copy in ((folder, tmp_path / "copy"), (tmp_path / "copy", tmp_path / "copy of the copy")):
-        result = json.loads(run_isolated(CHILD, source, copy, picture, home=tmp_path))
+        result = json.loads(run_isolated(CHILD, source, copy, image, home=tmp_path))
         assert result["config"] == "MiniMindVConfig"
         assert result["decoder"] == "MiniMindVTextConfig"
         assert result["base"] == "MiniMindVModel"

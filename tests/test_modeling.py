@@ -51,10 +51,10 @@ def test_attention_implementations_agree(model, implementation):
 
 
 @torch.no_grad()
-def test_the_picture_changes_the_answer(model):
+def test_the_image_changes_the_answer(model):
     input_ids = prompt(model, 4, 6)
     first, second = (model(input_ids, pixel_values=pixels()).logits for _ in range(2))
-    assert_same(first[:, :4], second[:, :4])  # before the picture
+    assert_same(first[:, :4], second[:, :4])  # before the image
     assert (first[:, -6:] - second[:, -6:]).abs().max() > 0.1
 
 
@@ -326,7 +326,7 @@ def test_other_encoder_and_decoder(decoder):
     assert not torch.equal(model(input_ids, pixel_values=pixels()).logits, model(input_ids, pixel_values=-pixels()).logits)
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="32x32 pixels, but the encoder expects 16x16"):
         model(prompt(model, 4, 6), pixel_values=torch.zeros(1, 3, 32, 32))

@@ -139,10 +139,10 @@ def test_assistant_mask_covers_what_the_assistant_says(processor, padding_side):
         return_assistant_tokens_mask=True,
         processor_kwargs={"padding": True, "padding_side": padding_side},
     )
-    said = []
+    learned = []
     for ids, mask in zip(outputs["input_ids"], outputs["assistant_masks"], strict=True):
-        said.append(processor.tokenizer.decode(ids[torch.as_tensor(mask).bool()]))
-    assert said == ["red<|im_end|>\n", "How many shapes<|im_end|>\n图中 é<|im_end|>\n"]
+        learned.append(processor.tokenizer.decode(ids[torch.as_tensor(mask).bool()]))
+    assert learned == ["red<|im_end|>\n", "How many shapes<|im_end|>\n图中 é<|im_end|>\n"]
     assert outputs["pixel_values"].shape[0] == 3
     assert (outputs["attention_mask"][:, 0 if padding_side == "left" else -1] == torch.tensor([0, 1])).all()
 
@@ -176,15 +176,15 @@ def test_thoughts_and_calls_are_control_tokens_of_the_assistant_alone():
     names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
     processor = make_processor(tokenizer=tokenizer)
-    said = "<think>\nhm\n</think>\n\n<tool_call>x</tool_call>"
+    content = "<think>\nhm\n</think>\n\n<tool_call>x</tool_call>"
     user, assistant = (
-        list(processor.apply_chat_template(chat((role, said)), tokenize=True, return_dict=True)["input_ids"][0])
+        list(processor.apply_chat_template(chat((role, content)), tokenize=True, return_dict=True)["input_ids"][0])
         for role in ("user", "assistant")
     )
     for token in names:
         token_id = processor.tokenizer.convert_tokens_to_ids(token)
         assert (user.count(token_id), assistant.count(token_id)) == (0, 1)
-    assert said in processor.tokenizer.decode(user)
+    assert content in processor.tokenizer.decode(user)
 
 
 @pytest.mark.parametrize("images", [[], [[], []], [None, None]])
@@ -219,7 +219,7 @@ def test_unknown_roles_and_contents_are_named(processor, message, error):
         processor.apply_chat_template([message])
 
 
-# ── Pictures ──
+# ── Images ──
 
 
 def as_file(image: Image.Image, **kwargs) -> io.BytesIO:
@@ -231,7 +231,7 @@ def as_file(image: Image.Image, **kwargs) -> io.BytesIO:
 
 def test_every_source_gives_the_same_pixels(processor, tmp_path):
     image = Image.fromarray(np.random.randint(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     image.save(path)
     array = np.asarray(image)
     encoded = base64.b64encode(path.read_bytes()).decode()
@@ -274,7 +274,7 @@ def test_url(processor):
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
-def pictures():
+def files():
     """Files that libraries often get wrong, and the colours that a person sees at the left and at the right."""
     halves = Image.new("RGB", (8, 8), "white")
     halves.paste(RED, (0, 0, 4, 8))
@@ -307,9 +307,9 @@ def pictures():
     ]
 
 
-@pytest.mark.parametrize(("name", "file", "left", "right"), pictures(), ids=[p[0] for p in pictures()])
-def test_pictures_look_as_a_person_sees_them(name, file, left, right, tmp_path):
-    path = tmp_path / "picture"
+@pytest.mark.parametrize(("name", "file", "left", "right"), files(), ids=[case[0] for case in files()])
+def test_images_look_as_a_person_sees_them(name, file, left, right, tmp_path):
+    path = tmp_path / "image"
     path.write_bytes(file.getvalue())
     image = load_image(path)
     assert image.mode == "RGB"
@@ -333,7 +333,7 @@ def test_bad_arrays(array, error):
 
 
 def bad_files(folder):
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     whole = as_file(Image.fromarray(np.random.randint(0, 256, (64, 64, 3), dtype=np.uint8)), format="JPEG").getvalue()
     (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
@@ -593,7 +593,7 @@ def test_build_says_that_it_needs_the_package(monkeypatch):
 
 
 @pytest.mark.parametrize("load", [load_image, load_video])
-def test_a_download_that_breaks_off_is_said(load):
+def test_a_download_that_breaks_off_is_an_error(load):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)

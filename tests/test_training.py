@@ -76,7 +76,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a model to start from, rows about plain images, some of text alone, and a file of arguments."""
+    """A folder with a model to start from, rows about plain images and rows of text alone, and a file of arguments."""
     home = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
     make_model().save_pretrained(home / "start")
@@ -283,7 +283,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop(home, rows, tmp_path, moe):
     assert losses(trainer) == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.5
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    shift = 0 if logged[0] == pytest.approx(rates[0]) else 1  # some versions log the rate of the step to come
+    shift = 0 if logged[0] == pytest.approx(rates[0]) else 1  # or that of the step to come
     assert logged[: len(rates) - shift] == pytest.approx(rates[shift:], rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), parameter, atol=1e-4, rtol=1e-3, msg=name)
@@ -547,15 +547,15 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize("harm", [cut, spoil, Path.unlink], ids=["cut", "spoiled", "missing"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two_checkpoints, tmp_path, monkeypatch, name, harm):
-    said = []
-    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    warned = []
+    monkeypatch.setattr(checkpoints.logger, "warning", warned.append)
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
     args = TrainingArguments(output_dir=str(folder), use_cpu=True)
     assert checkpoint_to_resume(args) == str(folder / "checkpoint-8")
     harm(folder / "checkpoint-8" / name)
     assert checkpoint_to_resume(args) == str(folder / "checkpoint-4")
-    (warning,) = said
+    (warning,) = warned
     assert f"{folder / 'checkpoint-8' / name} is {'missing' if harm is Path.unlink else 'damaged'}." in warning
     args.resume_from_checkpoint = str(folder / "checkpoint-8")
     with pytest.raises(ValueError, match=f"checkpoint-8/{name} is"):
@@ -1037,7 +1037,7 @@ def test_parts_that_do_not_fit_are_refused_at_once(home):
         load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), TrainingArguments())
 
 
-def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
+def test_cached_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
     model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, "llm")
     collator = MiniMindVCollator(make_processor())
@@ -1058,7 +1058,7 @@ def test_kept_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, 
         encode_images(model, collator, [rows], tmp_path / "other")
 
 
-def test_kept_features_stay_on_the_disk_where_processes_are_not_forked(home, rows, launch, tmp_path):
+def test_cached_features_stay_on_the_disk_where_processes_are_not_forked(home, rows, launch, tmp_path):
     """As by default on macOS and Windows, and since Python 3.14; `launch` has started the server that they come from."""
     model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, "llm")
@@ -1070,7 +1070,7 @@ def test_kept_features_stay_on_the_disk_where_processes_are_not_forked(home, row
     assert torch.equal(batch["mm_encoder_outputs"]["image"].last_hidden_state, expected)
 
 
-def test_kept_features_follow_what_they_were_made_of(tmp_path):
+def test_cached_features_follow_what_they_were_made_of(tmp_path):
     image, kept = str(tmp_path / "image.png"), tmp_path / "kept"
     make_image("red").save(image)
     rows, collator = Dataset.from_dict({"images": [[image]]}), MiniMindVCollator(make_processor())

@@ -5,7 +5,7 @@
     pack                                         ──►  rows of several samples
     MiniMindVCollator                            ──►  a batch of tensors
 
-`rows.py` describes the formats. `read_conversations` reads the rows of one file for other uses, an evaluation say.
+`rows.py` describes the formats. `read_conversations` reads the rows of one file for other uses, such as an evaluation.
 
 What is wrong with a data set as a whole, a command says:
 

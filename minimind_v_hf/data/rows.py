@@ -97,7 +97,7 @@ def parse_row(row: Any, store: ImageStore | None) -> Row:
     """
     if not isinstance(row, dict):
         raise RowError("format", f"expected an object with the key 'conversations', got {type_name(row)}")
-    for medium, advice in (("video", ": store some of its frames as images"), ("audio", "")):
+    for medium, advice in (("video", ": store frames of it as images"), ("audio", "")):
         if row.get(medium) or row.get(f"{medium}s"):
             raise RowError("format", f"the row has {medium}, and training takes images alone{advice}")
     inline: list[Any] = []

@@ -1,7 +1,7 @@
 """The frozen encoder's patch vectors, computed once and kept on disk, for runs of several epochs.
 
 An image of 224 pixels is 10 KB as a JPEG and 300 KB as vectors in bfloat16, but reading those takes a hundredth of the time
-of encoding it: worth it up to some ten thousands of images.
+of encoding it: worth it up to tens of thousands of images.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def encode_images(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> FeatureCache:
-    """Encode every image of some data sets once, unless the folder has them already.
+    """Encode every image of the data sets once, unless the folder has them already.
 
     It is done again when an image's file has changed since, in size or time, or the encoder, its image processor or `dtype`.
 
@@ -79,7 +79,7 @@ def encode_images(
     """
     folder, tower = Path(folder), model.model.vision_tower
     if not is_frozen(tower):
-        raise ValueError("Vectors of images can be kept only while the encoder is frozen: trainable='all' changes them.")
+        raise ValueError("Vectors of images can be cached only while the encoder is frozen: trainable='all' changes them.")
     sources = {
         _name(source): source
         for dataset in datasets
@@ -121,7 +121,7 @@ def encode_images(
 
 
 class CachedFeaturesCollator:
-    """Collates like another collator, with kept patch vectors in the place of pixels.
+    """Collates like another collator, with cached patch vectors in place of pixels.
 
     Args:
         collator: for everything else.
