@@ -293,7 +293,7 @@ function scrollToEnd() {
 }
 
 chat.onscroll = () => (isAtEnd = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 40);
-const growth = new ResizeObserver(() => isAtEnd && scrollToEnd());
+const growth = new ResizeObserver(() => isAtEnd && $("messages").childElementCount && scrollToEnd());
 growth.observe(chat);
 growth.observe($("messages"));
 
