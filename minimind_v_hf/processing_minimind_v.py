@@ -9,7 +9,7 @@ Three things happen here that an image processor and a tokenizer do not do by th
 * What a user types is text. The chat template puts a mark into anything in a message that looks like a control token,
   `<|im_start|>` say; the marked string is not recognised as one, and the tokenizer's normalizer takes the mark out again.
 
-This file is copied into every saved model folder, so it depends on torch and transformers alone; videos need PyAV.
+This file is copied into every saved model folder. It depends on torch, transformers, Pillow and jinja2; videos need PyAV.
 """
 
 import json
@@ -194,78 +194,18 @@ class MiniMindVProcessor(ProcessorMixin):
             logger.warning("There are <video> placeholders, but no videos were passed: they stay text.")
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _check_prompts(self, text: Any) -> list[str]:
-        if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text) or not text:
-            raise ValueError("text: expected a string or a list of strings.")
-        for number, sample in enumerate(text):
-            if not sample:
-                raise ValueError(f"text: prompt {number} (counted from 0) is empty: expected at least a character.")
-            if sample != sample.encode(errors="replace").decode():
-                raise ValueError(f"text: prompt {number} (counted from 0) holds half a surrogate pair, which is no character.")
-        return [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
-
-    @staticmethod
-    def _count(text: list[str] | None, placeholder: str) -> list[int] | None:
-        return None if text is None else [sample.count(placeholder) for sample in text]
-
-    @staticmethod
-    def _refuse_placeholders(counts: list[int] | None, kind: str) -> None:
-        for sample, count in enumerate(counts or []):
-            if count:
-                raise ValueError(
-                    f"Sample {sample} (counted from 0) has {count} <{kind}> placeholders, but no {kind}s were passed."
-                )
-
-    def _in_order(self, text: list[str] | None, images: list, videos: list[list]) -> list:
-        """Images and frames in the order of the prompts."""
-        if text is None:
-            return [*images, *(frame for frames in videos for frame in frames)]
-        next_image, next_video, ordered = iter(images), iter(videos), []
-        for found in re.findall(f"{re.escape(self.image_token)}|{VIDEO_PLACEHOLDER}", "\n".join(text)):
-            ordered += next(next_video) if found == VIDEO_PLACEHOLDER else [next(next_image)]
-        return ordered
-
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Check what `prepare_inputs_layout` has not: it counted the images."""
         text = None if images is not None else text
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What stands in the prompt for one image."""
+        return self.image_token * self.image_seq_length
+
     def _process_videos(self, videos: list[list], **kwargs) -> tuple[dict, list[str]]:
         """What stands in the prompt for each video; its frames are among the images already."""
         return {}, [self.replace_image_token({}, 0) * len(frames) for frames in videos]
-
-    def _load_videos(self, videos: Any, placeholders: list[int] | None, kwargs: dict) -> list[list]:
-        """The frames of all videos; `placeholders` are the counts per sample, to check against."""
-        options = {**(kwargs.get("videos_kwargs") or {}), **kwargs}
-        if options.get("fps") is not None:
-            raise ValueError("fps: one frame of each second is taken; choose how many at most by num_frames.")
-        num_frames = options.get("num_frames")
-        if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1):
-            raise ValueError(f"num_frames={num_frames!r}: expected a positive integer.")
-        if is_video(videos) or not isinstance(videos, (list, tuple)):
-            videos = [videos]
-        is_nested = any(isinstance(item, (list, tuple)) and not is_video(item) for item in videos)
-        most = MAX_NUM_FRAMES if num_frames is None else int(num_frames)
-        return load_batch(videos, is_nested, placeholders, "video", lambda source: load_video(source, most))
-
-    def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
-        """All images in one list; `placeholders` are the counts per sample, to check against."""
-        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-            images = list(images)
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        is_nested = any(item is None or isinstance(item, (list, tuple)) for item in images)
-        is_preprocessed = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
-
-        def load(source: Any) -> Any:
-            if not is_preprocessed or not isinstance(source, (np.ndarray, torch.Tensor)):
-                return load_image(source)
-            height, width, _ = check_array(source).shape
-            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-                raise ValueError(f"{width}x{height} is longer than {MAX_ASPECT_RATIO} times its width: crop it first")
-            return source
-
-        return load_batch(images, is_nested, placeholders, "image", load)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in `ProcessorMixin`.
@@ -290,16 +230,78 @@ class MiniMindVProcessor(ProcessorMixin):
         self.__dict__.pop("auto_map", None)  # which saving leaves behind, so that a processor would differ from its copy
         return files
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What stands in the prompt for one image."""
-        return self.image_token * self.image_seq_length
-
     def _get_num_multimodal_tokens(self, image_sizes: Iterable | None = None, **kwargs) -> MultiModalData:
         """Tokens and rows of pixels for images of these (height, width); for engines that plan ahead, such as vLLM."""
         if image_sizes is None:
             return MultiModalData()
         count = len(list(image_sizes))
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    # ── What the first hook is made of ──
+
+    def _check_prompts(self, text: Any) -> list[str]:
+        if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text) or not text:
+            raise ValueError(f"text: expected a string or a list of strings, got {type(text).__name__} {text!r:.99}.")
+        for number, sample in enumerate(text):
+            if not sample:
+                raise ValueError(f"text: prompt {number} (counted from 0) is empty: expected at least a character.")
+            if sample != sample.encode(errors="replace").decode():
+                raise ValueError(f"text: prompt {number} (counted from 0) holds half a surrogate pair, which is no character.")
+        return [sample.replace(IMAGE_PLACEHOLDER, self.image_token) for sample in text]
+
+    @staticmethod
+    def _count(text: list[str] | None, placeholder: str) -> list[int] | None:
+        return None if text is None else [sample.count(placeholder) for sample in text]
+
+    @staticmethod
+    def _refuse_placeholders(counts: list[int] | None, kind: str) -> None:
+        for sample, count in enumerate(counts or []):
+            if count:
+                raise ValueError(
+                    f"Sample {sample} (counted from 0) has {count} <{kind}> placeholders, but no {kind}s were passed."
+                )
+
+    def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
+        """All images in one list; `placeholders` are the counts per sample, to check against."""
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            images = list(images)
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        is_nested = any(item is None or isinstance(item, (list, tuple)) for item in images)
+        is_preprocessed = kwargs.get("do_rescale", (kwargs.get("images_kwargs") or {}).get("do_rescale")) is False
+
+        def load(source: Any) -> Any:
+            if not is_preprocessed or not isinstance(source, (np.ndarray, torch.Tensor)):
+                return load_image(source)
+            height, width, _ = check_array(source).shape
+            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                raise ValueError(f"{width}x{height} is longer than {MAX_ASPECT_RATIO} times its width: crop it first")
+            return source
+
+        return load_batch(images, is_nested, placeholders, "image", load)
+
+    def _load_videos(self, videos: Any, placeholders: list[int] | None, kwargs: dict) -> list[list]:
+        """The frames of all videos; `placeholders` are the counts per sample, to check against."""
+        options = {**(kwargs.get("videos_kwargs") or {}), **kwargs}
+        if options.get("fps") is not None:
+            raise ValueError("fps: one frame of each second is taken; choose how many at most by num_frames.")
+        num_frames = options.get("num_frames")
+        if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1):
+            raise ValueError(f"num_frames={num_frames!r}: expected a positive integer.")
+        if is_video(videos) or not isinstance(videos, (list, tuple)):
+            videos = [videos]
+        is_nested = any(isinstance(item, (list, tuple)) and not is_video(item) for item in videos)
+        most = MAX_NUM_FRAMES if num_frames is None else int(num_frames)
+        return load_batch(videos, is_nested, placeholders, "video", lambda source: load_video(source, most))
+
+    def _in_order(self, text: list[str] | None, images: list, videos: list[list]) -> list:
+        """Images and frames in the order of the prompts."""
+        if text is None:
+            return [*images, *(frame for frames in videos for frame in frames)]
+        next_image, next_video, ordered = iter(images), iter(videos), []
+        for found in re.findall(f"{re.escape(self.image_token)}|{VIDEO_PLACEHOLDER}", "\n".join(text)):
+            ordered += next(next_video) if found == VIDEO_PLACEHOLDER else [next(next_image)]
+        return ordered
 
 
 # ── What is checked before transformers takes it ─────────────────────────────────────────────────────────────────────
