@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Trainer, TrainingArguments
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, Trainer, TrainingArguments
 
 import minimind_v_hf
 from minimind_v_hf import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor

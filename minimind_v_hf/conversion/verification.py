@@ -20,7 +20,7 @@ import torch, transformers
 transformers.utils.logging.set_verbosity_error()
 folder, remote_code, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-inputs, options, expected, answer = torch.load("given.pt")
+inputs, options, expected, answer = torch.load("given.pt", weights_only=True)
 auto_class = transformers.AutoModelForImageTextToText if len(inputs) > 1 else transformers.AutoModelForCausalLM
 model = auto_class.from_pretrained(folder, trust_remote_code=remote_code == "True", dtype=torch.float32).eval()
 with torch.no_grad():

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def parse_arguments(
     # A subclass may have fields that RunArguments has too, as TRL's: both are told
     parser = _Parser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
     parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
-    known = {action.dest for action in parser._actions}
+    known = {argument.name for kind in kinds for argument in fields(kind) if argument.init}
     defaults = native = native_recipe() | stage
     argv = sys.argv[1:]
     if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):

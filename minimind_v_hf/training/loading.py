@@ -12,12 +12,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
+    CLIPImageProcessorPil,
     ProcessorMixin,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..chat import refuse_other_weights
 from ..configuration_minimind_v import MiniMindVConfig
