@@ -1,6 +1,8 @@
 """Draw the images of docs/walkthrough.md, from the model and the data of the first run.
 
-python docs/draw_walkthrough.py --model runs/quickstart/model --image runs/quickstart/data/images/test-00032.jpg
+    python docs/draw_walkthrough.py --model runs/quickstart/model --image runs/quickstart/data/images/test-00032.jpg
+
+The images are kept in the repository, so this is run only when they are to change.
 """
 
 import argparse

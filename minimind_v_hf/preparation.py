@@ -1,7 +1,6 @@
 """Chat template and tokenizer of a new processor, made once, when a model is converted or created.
 
-What a user types is text. The chat template puts a mark into anything in a message that looks like a control token,
-`<|im_start|>` say; the marked string is not recognised as one, and the tokenizer's normalizer takes the mark out again.
+The template puts marks into text from messages, and the tokenizer takes them out: processing_minimind_v.py tells why.
 """
 
 import copy
