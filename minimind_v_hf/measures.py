@@ -20,6 +20,7 @@ PRESENCE_QUESTIONS = 1000  # at most, and at least two for each name
 
 
 def right_answer(row: dict[str, Any]) -> str:
+    """What the conversation of a row ends with."""
     return row["conversations"][-1]["content"].strip()
 
 
@@ -144,13 +145,13 @@ def yes_no_scores(answers: Iterable[tuple[str, str]]) -> YesNoScores | None:
     if not counts:
         return None
     hits = counts[True, True]
-    said, so = hits + counts[True, False], hits + counts[False, True] + counts[None, True]
+    claimed, are_so = hits + counts[True, False], hits + counts[False, True] + counts[None, True]
     return YesNoScores(
         asked=len(plain),
         right=hits + counts[False, False],
-        precision=hits / said if said else 0.0,
-        recall=hits / so if so else 0.0,
-        f1=2 * hits / (said + so) if said + so else 0.0,
-        yes=said / len(plain),
+        precision=hits / claimed if claimed else 0.0,
+        recall=hits / are_so if are_so else 0.0,
+        f1=2 * hits / (claimed + are_so) if claimed + are_so else 0.0,
+        yes=claimed / len(plain),
         neither=counts[None, True] + counts[None, False],
     )

@@ -135,7 +135,7 @@ class MiniMindVProcessor(ProcessorMixin):
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise OSError(
                 f"{pretrained_model_name_or_path}: processor_config.json, tokenizer_config.json, tokenizer.json or "
-                f"chat_template.jinja is damaged ({type(error).__name__}: {error})."
+                f"chat_template.jinja is damaged ({type(error).__name__}: {error}). Save or fetch the folder again."
             ) from error
 
     def __call__(

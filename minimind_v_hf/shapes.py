@@ -1,6 +1,6 @@
 """A small bilingual image-question data set, drawn here: coloured shapes, and what a person may ask about them.
 
-Each image has four places, some of them empty. The questions ask for colours, shapes, positions and counts, in English
+Each image has four places, which may be empty. The questions ask for colours, shapes, positions and counts, in English
 and in Chinese, and every one of them needs the image. The files are in the MiniMind-V format: JSONL and JPEG.
 """
 
