@@ -20,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="folder of a MiniMind-V or MiniMind model of this package")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--gelu",
+        action="store_true",
+        help="a projector with a GELU that changes nothing, in float32: for engines that always compute one, as mlx-vlm does",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there already")
     options = vars(parser.parse_args(argv))
     return run(lambda: to_llava.convert(**options))

@@ -677,6 +677,40 @@ def test_llava_answers_alike_without_our_code(sources, tmp_path, no_fresh_proces
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+def test_llava_with_a_gelu_that_changes_nothing(sources, tensors, tmp_path, no_fresh_process):
+    """As mlx-vlm reads it: two layers with biases, GELU between them, and rope_theta where transformers 4 had it."""
+    native = {name: tensor.half() for name, tensor in native_weights(tensors, "g2-dense").items()}
+    torch.save(native, tmp_path / "half.pth")
+    assert from_native.main(arguments(sources, tmp_path / "ours", "g2-dense", tmp_path / "half.pth")) == 0
+    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava"), "--gelu"]) == 0
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    assert config["projector_hidden_act"] == "gelu"
+    assert config["text_config"]["rope_theta"] == 1e6
+    stored = load_file(tmp_path / "llava" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    first, second = (
+        {kind: stored[f"{prefix}multi_modal_projector.linear_{number}.{kind}"] for kind in ("weight", "bias")}
+        for number in (1, 2)
+        for prefix in {name.partition("multi_modal_projector")[0] for name in stored if "multi_modal_projector" in name}
+    )
+    ours = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    pixel_values = torch.randn(2, 3, *[ours.config.vision_config.image_size] * 2)
+    with torch.no_grad():
+        outputs = ours.get_image_features(pixel_values)
+        patches = outputs.last_hidden_state[:, 1:]
+        values = torch.nn.functional.gelu(patches @ first["weight"].T + first["bias"])
+        torch.testing.assert_close(values @ second["weight"].T + second["bias"], outputs.pooler_output, atol=2e-5, rtol=0)
+
+
+def test_gelu_is_for_a_projector_of_one_layer(sources, tensors, tmp_path, no_fresh_process, capsys):
+    native = {name: t for name, t in native_weights(tensors, "g2-dense").items() if not name.startswith("vision_proj.")}
+    torch.save(native, tmp_path / "llm_64.pth")
+    command = arguments(sources, tmp_path / "ours", "g2-dense", tmp_path / "llm_64.pth")
+    assert from_native.main([*command[:2], *command[4:]]) == 0  # without --vision-tower
+    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava"), "--gelu"]) == 2
+    assert "--gelu is for a projector of one layer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("variant", "reason"), [("g2-moe", "shared expert"), ("g3-dense", "LayerNorm")])
 def test_llava_refuses_what_it_cannot_hold(variant, reason, sources, tmp_path, no_fresh_process, capsys):
     assert from_native.main(arguments(sources, tmp_path / "ours", variant)) == 0

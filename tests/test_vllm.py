@@ -133,10 +133,12 @@ def test_an_openai_client_gets_the_greedy_tokens(kind, tmp_path):
             assert "".join(choice.delta.content or "" for choice in streamed) == answer.choices[0].message.content
 
 
-def test_its_own_llava_gives_the_greedy_tokens(tmp_path):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_its_own_llava_gives_the_greedy_tokens(gelu, tmp_path):
     pytest.importorskip("torchvision")
     expected = save("dense", tmp_path / "ours")
-    assert to_llava.main(["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava")]) == 0
+    command = ["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava"), *(["--gelu"] if gelu else [])]
+    assert to_llava.main(command) == 0
     # MiniMind2-V's projector has no activation: "linear" to transformers, which vLLM knows by another name
-    identity = {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
+    identity = {} if gelu else {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
     assert offline(tmp_path / "llava", {"model_impl": "vllm", "hf_overrides": identity}) == expected

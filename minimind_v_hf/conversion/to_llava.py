@@ -4,6 +4,7 @@ MiniMind2-V becomes LLaVA: its projector of one linear layer is followed by an i
 becomes Llama, with q/k norm Qwen3, and with q/k norm and experts Qwen3-MoE. Other models are refused, with the reason.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -25,7 +27,7 @@ from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..processing_minimind_v import MiniMindVProcessor
 from .folders import check_output, empty_model, new_folder, read_model_folder
 from .report import ConversionError, explained, print_table
-from .verification import verify
+from .verification import sample_inputs, verify
 
 
 SHARED_FIELDS = (
@@ -36,33 +38,38 @@ SHARED_FIELDS = (
 _MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 
 
-def convert(model: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+def convert(model: str | Path, output: str | Path, *, gelu: bool = False, overwrite: bool = False) -> None:
     """Write the stock model, in the dtypes of the folder, and compare its answers with ours in a fresh process.
 
     Args:
         model: folder of a MiniMind-V or MiniMind model of this package.
         output: the folder to write.
+        gelu: a projector of one layer becomes one with a GELU, and all weights float32, for engines that always compute it.
         overwrite: replace a model folder that is there already.
 
     Raises:
-        ConversionError: no stock model is exactly this one, or the folder is damaged. Nothing is written then.
+        ConversionError: no stock model is exactly this one, the folder is damaged, or the model has no such projector.
+            Nothing is written then.
     """
     folder, output = Path(model), Path(output)
     check_output(output, overwrite, [folder])
     config, tensors = read_model_folder(folder)
     is_llava = isinstance(config, MiniMindVConfig)
     stock_config = stock_llava_config(config) if is_llava else stock_text_config(config)
+    has_one_layer = is_llava and config.projector_num_layers == 1
+    if gelu and not has_one_layer:
+        raise ConversionError("--gelu is for a projector of one layer, and this model has none")
+    if gelu:  # which half precision would spoil: see gelu_shift
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        stock_config.projector_hidden_act, stock_config.multimodal_projector_bias = "gelu", True
     ours = empty_model(config)
     ours.load_state_dict(tensors, strict=True, assign=True)
     ours.tie_weights()
 
     with init_empty_weights(include_buffers=False):
         stock = LlavaForConditionalGeneration(stock_config) if is_llava else AutoModelForCausalLM.from_config(stock_config)
-    if is_llava and config.projector_num_layers == 1:
-        like = tensors["model.multi_modal_projector.linear_1.weight"]
-        tensors["model.multi_modal_projector.linear_2.weight"] = torch.eye(len(like), dtype=like.dtype)
-        if config.multimodal_projector_bias:
-            tensors["model.multi_modal_projector.linear_2.bias"] = torch.zeros(len(like), dtype=like.dtype)
+    if has_one_layer:
+        add_second_layer(tensors, stock_config.multimodal_projector_bias, gelu_shift(ours) if gelu else 0.0)
     stock.load_state_dict(tensors, strict=True, assign=True)  # the names are the same
     stock.tie_weights()
     with explained(f"{folder}: its processor or generation_config.json cannot be read"):
@@ -87,6 +94,31 @@ def convert(model: str | Path, output: str | Path, *, overwrite: bool = False) -
     print(f"\nWritten to {output}")
 
 
+def add_second_layer(tensors: dict[str, torch.Tensor], bias: bool, shift: float) -> None:
+    """Follow the projector's one layer by an identity, between which values are shifted by a constant."""
+    first, second = (f"model.multi_modal_projector.linear_{number}" for number in (1, 2))
+    like = tensors[f"{first}.weight"]
+    zeros = like.new_zeros(len(like))
+    tensors[f"{second}.weight"] = torch.eye(len(like), dtype=like.dtype)
+    if bias:
+        tensors[f"{first}.bias"] = tensors.get(f"{first}.bias", zeros) + shift
+        tensors[f"{second}.bias"] = zeros - shift
+
+
+def gelu_shift(model: PreTrainedModel) -> float:
+    """A constant by which the projector's values come to where GELU(x) = x, which in float32 it is from 6 on.
+
+    The larger, the more digits it costs: at 64, values keep 2e-6, and in bfloat16 0.25. So it is the power of two from four
+    times of what images of noise, black and white give.
+    """
+    noise = sample_inputs(model.config)["pixel_values"]
+    with torch.no_grad():
+        values = model.get_image_features(
+            torch.cat((noise, torch.full_like(noise, -3), torch.full_like(noise, 3)))
+        ).pooler_output
+    return 2.0 ** math.ceil(math.log2(4 * float(values.abs().max()) + 8))
+
+
 def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
     """The Llama, Qwen3 or Qwen3-MoE that is exactly a MiniMind decoder.
 
@@ -94,13 +126,17 @@ def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
         ConversionError: none is.
     """
     fields = {name: getattr(text, name) for name in SHARED_FIELDS}
+    config: PreTrainedConfig
     if not text.num_experts:
-        return Qwen3Config(**fields) if text.use_qk_norm else LlamaConfig(**fields)
-    if text.num_shared_experts:
+        config = Qwen3Config(**fields) if text.use_qk_norm else LlamaConfig(**fields)
+    elif text.num_shared_experts:
         raise ConversionError("this mixture of experts has a shared expert, and Llama, Qwen3 and Qwen3-MoE have none")
-    if not text.use_qk_norm:
+    elif not text.use_qk_norm:
         raise ConversionError("this mixture of experts has no q/k norm, and Qwen3-MoE always has it")
-    return Qwen3MoeConfig(**fields, **{name: getattr(text, name) for name in _MOE_FIELDS})
+    else:
+        config = Qwen3MoeConfig(**fields, **{name: getattr(text, name) for name in _MOE_FIELDS})
+    config.rope_theta = text.rope_parameters["rope_theta"]  # where transformers 4 and mlx-vlm look for it
+    return config
 
 
 def stock_llava_config(config: MiniMindVConfig) -> LlavaConfig:
