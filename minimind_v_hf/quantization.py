@@ -4,13 +4,18 @@ Each row of a weight matrix is stored as int8 with one scale (symmetric, round t
 products run in bfloat16, which PyTorch's own kernel accumulates in float32.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .modeling_minimind import MiniMindExperts
 
+
+logger = logging.get_logger(__name__)
 
 KERNEL_STEP = 64  # input features that the kernel may read at a time: it reads past the end of a matrix that is not so wide
 MAX_KERNEL_ROWS = 16  # the kernel reads the weights well, but multiplies slowly: above this, float products win
@@ -22,6 +27,24 @@ def has_fast_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+
+
+@functools.cache
+def kernel_is_right() -> bool:
+    """Whether PyTorch's int8 kernel, a private function, is there and multiplies rightly on this machine; warns if not."""
+    weight = (37 * torch.arange(48 * KERNEL_STEP) % 255 - 127).view(48, KERNEL_STEP).to(torch.int8)
+    rows = (torch.arange(3 * KERNEL_STEP) % 17 - 8).view(3, KERNEL_STEP).bfloat16()
+    expected = (rows.float() @ weight.float().T).bfloat16()
+    try:
+        right = torch.allclose(torch._weight_int8pack_mm(rows, weight, torch.ones(48).bfloat16()), expected, rtol=2**-7)
+    except (AttributeError, RuntimeError, TypeError):
+        right = False
+    if not right:
+        logger.warning(
+            "PyTorch's int8 kernel is missing or wrong on this machine, so int8 weights save memory, but no time: choose "
+            "float32 for speed."
+        )
+    return right
 
 
 class Int8Linear(nn.Module):
@@ -37,6 +60,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.uses_kernel = kernel_is_right()
         weight = weight.detach().float()
         # Rounded before it divides, so that weight and scale belong together
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
@@ -51,7 +75,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if rows.shape[0] > MAX_KERNEL_ROWS or x.device.type != "cpu":
+        if rows.shape[0] > MAX_KERNEL_ROWS or x.device.type != "cpu" or not self.uses_kernel:
             return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         rows = F.pad(rows.bfloat16(), (0, -self.in_features % KERNEL_STEP))
         output = torch._weight_int8pack_mm(rows, self.padded_weight, self.scale)

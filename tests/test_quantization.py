@@ -10,7 +10,7 @@ from conftest import MOE, make_model
 from torch import nn
 from transformers import CompileConfig
 
-from minimind_v_hf.quantization import MAX_KERNEL_ROWS, Int8Experts, Int8Linear, quantize_int8
+from minimind_v_hf.quantization import MAX_KERNEL_ROWS, Int8Experts, Int8Linear, kernel_is_right, quantize_int8
 
 
 def test_weights_are_rounded_to_the_nearest_of_255_steps_of_each_row():
@@ -44,11 +44,28 @@ def test_the_product_is_that_of_the_rounded_weights(rows):
     assert (output - linear(x)).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    "kernel", [None, lambda rows, weight, scale: rows @ weight.T.to(rows.dtype) + 1], ids=["none", "wrong"]
+)
+def test_without_a_right_kernel_products_are_in_float(kernel, monkeypatch, caplog):
+    kernel_is_right.cache_clear()
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", kernel)
+    try:
+        quantized = Int8Linear(torch.randn(40, 96))
+    finally:
+        kernel_is_right.cache_clear()
+    assert "int8 kernel is missing or wrong on this machine" in caplog.text
+    x = torch.randn(3, 96)
+    exact = x @ (quantized.weight.float() * quantized.scale.float()[:, None]).T
+    torch.testing.assert_close(quantized(x), exact)
+
+
 # In a process of its own, which a kernel that reads beyond its matrices takes down
 ODD_SIZES = """
 import torch
-from minimind_v_hf.quantization import Int8Linear
+from minimind_v_hf.quantization import Int8Linear, kernel_is_right
 
+assert kernel_is_right()
 print(torch.backends.cpu.get_cpu_capability())
 for rows, inputs, outputs in [
     (1, 8, 8), (2, 8, 8), (2, 4, 3), (6, 40, 7), (1, 1, 1), (16, 72, 216), (128, 344, 128), (5, 500, 512), (1, 216, 72),
