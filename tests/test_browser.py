@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +397,31 @@ def test_a_broken_image_is_named_and_left_out(visit, address, tmp_path):
 
 
 # ── What cannot be, is said ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class BreaksOff(BaseHTTPRequestHandler):
+    """A server that goes away in the middle of a file."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"no more")
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_download_that_breaks_off_is_said_to_be_so(visit, address):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        elsewhere = f"http://127.0.0.1:{server.server_port}/"
+        for file in ("**/onnx/decoder*", "**/ort-*.wasm"):
+            page = visit("about:blank", is_ready=False, locale="en-US")
+            page.context.route(file, lambda route: route.continue_(url=elsewhere))
+            page.page.goto(address)
+            assert page.notice().startswith("The model cannot be fetched: the connection failed (")
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -26,29 +26,39 @@ export class Refusal extends Error {
 
 // ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** A `fetch` that tells how many bytes have come, of how many, and remembers in `failure` why the last file did not. */
-function watchedFetch(onProgress) {
-  let loaded = 0;
-  let total = 0;
-  const watched = async (address, options) => {
-    const response = await fetch(address, options).catch((error) => {
-      throw (watched.failure = new Refusal("network", { reason: error.message }));
-    });
-    if (!response.ok) {
-      watched.failure = new Refusal("missing", { file: address, status: response.status });
-      return response;
-    }
+let failure = null; // why the last file did not come: the library, which asked for it, says less
+
+/** A `fetch` that tells how much of the large files has come. */
+function watchedFetch(stage, onProgress) {
+  let [loaded, total, pending] = [0, 0, 0];
+  const fail = (error) => {
+    failure = new Refusal("network", { reason: error.message });
+    throw failure;
+  };
+  return async (address, options) => {
+    const isLarge = /\.(onnx|onnx_data|wasm)\b/.test(address);
+    pending += isLarge;
+    const response = await fetch(address, options).catch(fail);
+    if (!response.ok) failure = new Refusal("missing", { file: address, status: response.status });
+    if (!response.ok || !isLarge) return response;
     total += Number(response.headers.get("content-length"));
-    const count = new TransformStream({
-      transform(bytes, controller) {
-        loaded += bytes.length;
-        onProgress(loaded, Math.max(loaded, total)); // a compressed file is longer than announced
-        controller.enqueue(bytes);
+    const reader = response.body.getReader();
+    const counted = new ReadableStream({
+      async pull(controller) {
+        const { done, value } = await reader.read().catch(fail);
+        if (!done) {
+          loaded += value.length;
+          onProgress(stage, loaded, Math.max(loaded, total)); // a compressed file is longer than announced
+          controller.enqueue(value);
+          return;
+        }
+        controller.close();
+        pending -= 1;
+        if (pending === 0) onProgress("start", 0, 0);
       },
     });
-    return new Response(response.body.pipeThrough(count), response);
+    return new Response(counted, response);
   };
-  return watched;
 }
 
 /** The engine, which every model needs: ONNX Runtime, compiled to WebAssembly. Returns how many threads it has. */
@@ -57,9 +67,8 @@ async function loadEngine(device, base, onProgress) {
   const file = `${base.pathname}lib/ort-wasm-simd-threaded${device === "webgpu" ? ".asyncify" : ""}`;
   wasm.numThreads = self.crossOriginIsolated ? Math.min(THREADS, navigator.hardwareConcurrency) : 1;
   wasm.wasmPaths = { mjs: `${file}.mjs`, wasm: `${file}.wasm` };
-  const watched = watchedFetch(onProgress);
-  const response = await watched(`${file}.wasm`);
-  if (!response.ok) throw watched.failure;
+  const response = await watchedFetch("engine", onProgress)(`${file}.wasm`);
+  if (!response.ok) throw failure;
   wasm.wasmBinary = await response.arrayBuffer();
   return wasm.numThreads;
 }
@@ -68,13 +77,12 @@ async function loadEngine(device, base, onProgress) {
  * Load what is in the folder model/.
  *
  * @param {URL} base of the page
- * @param {(stage: "engine"|"model", loaded: number, total: number) => void} onProgress in bytes
+ * @param {(stage: "engine"|"model"|"start", loaded: number, total: number) => void} onProgress in bytes
  * @param {"webgpu"|"wasm"|null} wanted a device, or null for the best that there is
  * @throws {Refusal} a file cannot be fetched
  */
 export async function loadModel(base, onProgress, wanted = null) {
   let device = wanted ?? ((await navigator.gpu?.requestAdapter().catch(() => null)) ? "webgpu" : "wasm");
-  const threads = await loadEngine(device, base, (...bytes) => onProgress("engine", ...bytes));
   Object.assign(env, {
     allowRemoteModels: false,
     allowLocalModels: true,
@@ -82,19 +90,20 @@ export async function loadModel(base, onProgress, wanted = null) {
     // The address says nothing of which model is behind it, so only the browser's own cache knows what is still good
     useBrowserCache: false,
     useWasmCache: false,
-    fetch: watchedFetch((...bytes) => onProgress("model", ...bytes)),
+    fetch: watchedFetch("model", onProgress),
   });
   const load = () => LlavaForConditionalGeneration.from_pretrained("model", { device });
   try {
+    const threads = await loadEngine(device, base, onProgress);
     const processor = await AutoProcessor.from_pretrained("model");
     const model = await load().catch((error) => {
-      if (device !== "webgpu" || env.fetch.failure) throw error;
+      if (device !== "webgpu" || failure) throw error;
       device = "wasm"; // which this engine can do as well
       return load();
     });
     return { conversation: new Conversation(model, processor), device, threads };
   } catch (error) {
-    throw env.fetch.failure ?? error;
+    throw failure ?? error;
   }
 }
 

@@ -88,7 +88,7 @@ function startWorker() {
     fail(isReady ? "crashed" : "unstarted");
   };
   $("loading").hidden = false;
-  label($("loading").firstElementChild, "text", "starting");
+  label($("loading").firstElementChild, "text", "start");
 }
 
 /** The model cannot be had: say why, and take no more questions. */
@@ -103,13 +103,11 @@ function fail(code, values) {
 
 const receive = {
   progress({ stage, loaded, total }) {
-    const isDone = loaded >= total;
     const inMegabytes = (bytes) => (bytes / 1e6).toFixed(1);
     const values = { loaded: inMegabytes(loaded), total: inMegabytes(total) };
-    const key = stage === "engine" ? "loadEngine" : isDone ? "starting" : "loadModel";
-    label($("loading").firstElementChild, "text", key, values);
-    if (total && !(isDone && stage === "model")) $("progress").value = loaded / total;
-    else $("progress").removeAttribute("value"); // how long it takes from here on is not known
+    label($("loading").firstElementChild, "text", stage, values);
+    if (stage === "start") $("progress").removeAttribute("value"); // how long that takes is not known
+    else $("progress").value = loaded / total;
   },
   ready({ device, threads }) {
     isReady = true;

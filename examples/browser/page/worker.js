@@ -25,6 +25,7 @@ async function ask(conversation, { id, question, files }, signal) {
 }
 
 let last = loading.then(({ conversation }) => conversation); // questions are answered in order …
+last.catch(() => {}); // the page knows already that there is no model
 let stopping = new AbortController();
 self.onmessage = ({ data }) => {
   if (data.type === "ask") stopping = new AbortController();
@@ -35,5 +36,5 @@ self.onmessage = ({ data }) => {
     if (data.type === "reset") conversation.reset();
     return conversation;
   });
-  last.catch(() => {}); // the page knows already that there is no model
+  last.catch(() => {});
 };
