@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from minimind_v_hf.arguments_minimind_v import CACHE
-from minimind_v_hf.chat import answer_questions, encode_questions, load_model
+from minimind_v_hf.chat import PRECISIONS, answer_questions, encode_questions, load_model
 from minimind_v_hf.configuration_minimind_v import IMAGE_PLACEHOLDER
 from minimind_v_hf.data import read_conversations
 from minimind_v_hf.data.images import file_state, read_image
@@ -167,7 +167,7 @@ def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[st
 
 def fingerprint(*sources: str | Path) -> str:
     """Tells files, and the files of folders, from what they are after a change."""
-    files = [file for source in map(Path, sources) for file in (sorted(source.iterdir()) if source.is_dir() else [source])]
+    files = [file for source in map(Path, sources) for file in (sorted(source.rglob("*")) if source.is_dir() else [source])]
     return hashlib.sha256(repr([(str(file), file_state(str(file))) for file in files]).encode()).hexdigest()
 
 
@@ -264,7 +264,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write, one line per question")
     parser.add_argument("--batch-size", type=int, default=50, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
-    parser.add_argument("--int8", action="store_true", help="round the decoder's weights to int8 first, to see what that costs")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the weights, to see what less costs (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     if arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens: expected 1 or more")
@@ -280,12 +285,12 @@ def main() -> None:
     for old, new in zip((rows, images), ask_presence(rows, images, arguments.presence), strict=True):
         old += new
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    model, processor = load_model(arguments.model, "int8" if arguments.int8 else "float32")
+    model, processor = load_model(arguments.model, arguments.precision)
 
     # ── Answers ──
     settings = {"model": fingerprint(Path(arguments.model)), "data": fingerprint(arguments.data)}
     settings["images"] = fingerprint(*(source for row in images for source in row if isinstance(source, str)))
-    settings |= {"length": arguments.max_new_tokens, "int8": arguments.int8, "presence": arguments.presence}
+    settings |= {"length": arguments.max_new_tokens, "precision": arguments.precision, "presence": arguments.presence}
     unfinished = arguments.output.with_name(arguments.output.name + ".part")
     done = finished_rows(unfinished, settings, rows)
     with (

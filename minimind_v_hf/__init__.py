@@ -15,6 +15,7 @@ from transformers import (
 from .configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig, __version__
 from .modeling_minimind import MiniMindForCausalLM, MiniMindModel
 from .modeling_minimind_v import MiniMindVForConditionalGeneration, MiniMindVModel
+from .onnx_model import MiniMindVOnnxModel
 from .processing_minimind_v import MiniMindVProcessor
 
 
@@ -35,6 +36,7 @@ __all__ = [
     "MiniMindVConfig",
     "MiniMindVForConditionalGeneration",
     "MiniMindVModel",
+    "MiniMindVOnnxModel",
     "MiniMindVProcessor",
     "MiniMindVTextConfig",
     "__version__",

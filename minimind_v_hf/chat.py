@@ -38,10 +38,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .arguments_minimind_v import CACHE
+from .onnx_model import SUFFIXES, MiniMindVOnnxModel, precisions
+from .processing_minimind_v import MiniMindVProcessor
 from .quantization import has_fast_bf16, quantize_int8
 
 
-PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16", "int8", *SUFFIXES)
+"""The last ones are of ONNX folders, to which float32 is fp32 and int8 is q8."""
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -56,12 +59,17 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
         folder: path or Hub id.
         precision: "float32", "bfloat16", "int8" for decoder weights rounded to int8, the rest being bfloat16 where the machine
             multiplies that in hardware and float32 elsewhere, or "auto" for the fastest: bfloat16 on a GPU, int8 on a CPU.
+            A folder that convert/to_onnx.py wrote has precisions of its own, of which "auto" is what the export found best.
         kwargs: of `from_pretrained` of the model.
 
     Raises:
         ValueError: there is no such model, it cannot be loaded, or it lacks weights; the message has the reason.
     """
     folder, device = os.fspath(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    if precisions(folder):
+        return _load_onnx(folder, {"float32": "fp32", "int8": "q8"}.get(precision, precision), **kwargs)
+    if precision in SUFFIXES:
+        raise ValueError(f"The model {folder!r} has no precision {precision!r}: convert/to_onnx.py makes a folder that has.")
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "int8"
     dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and has_fast_bf16()) else torch.float32
@@ -82,6 +90,17 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
     refuse_other_weights(folder, model, loading)
     model = model.to(device).eval()
     return (quantize_int8(model) if precision == "int8" else model), processor
+
+
+def _load_onnx(folder: str, dtype: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
+    if kwargs:
+        raise ValueError(
+            f"The model {folder!r} is in ONNX, which knows nothing of {', '.join(kwargs)}: take the one it was made of."
+        )
+    try:
+        return MiniMindVOnnxModel.from_pretrained(folder, dtype), MiniMindVProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
 
 
 def refuse_other_weights(source: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:

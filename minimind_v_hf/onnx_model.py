@@ -23,6 +23,10 @@ SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16
 """What transformers.js appends to a graph's name for each precision."""
 
 
+_OF_NO_USE = ("return_dict", "tokenizer", "assistant_tokenizer")
+"""Arguments that `generate` hands on, and which change nothing here."""
+
+
 def graph_file(folder: str | os.PathLike, graph: str, dtype: str) -> Path:
     """Where a folder has a graph in a precision."""
     return Path(folder, "onnx", f"{graph}{SUFFIXES[dtype]}.onnx")
@@ -129,7 +133,7 @@ class MiniMindVOnnxModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        return_dict: bool | None = None,
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """Run the graphs. The arguments are those of `MiniMindVForConditionalGeneration.forward`.
 
@@ -137,8 +141,14 @@ class MiniMindVOnnxModel(PreTrainedModel, GenerationMixin):
             `logits` (B, T, V), float32, and the cache.
 
         Raises:
+            TypeError: an argument is not known, or asks for what the graphs do not give.
             ValueError: images and image tokens do not match in number, the cache was lost, or it is not a growing one.
         """
+        unknown = [
+            name for name, value in kwargs.items() if value is not None and value is not False and name not in _OF_NO_USE
+        ]
+        if unknown:
+            raise TypeError(f"An ONNX folder gives logits alone, and has no use for {', '.join(unknown)}.")
         batch, tokens = input_ids.shape
         cache = DynamicCache(config=self.config.get_text_config()) if cache is None else cache
         if not isinstance(cache, DynamicCache):

@@ -23,7 +23,7 @@ from minimind_v_hf.training import RunArguments, load_start
 
 
 CHAT = Path(__file__).parents[1] / "examples" / "chat.py"
-EXTRAS = {"attention_map.py": "matplotlib", "export_onnx.py": "onnxscript", "web_demo.py": "gradio"}
+EXTRAS = {"attention_map.py": "matplotlib", "web_demo.py": "gradio"}
 
 
 @pytest.fixture(scope="module", params=[None, MOE], ids=["dense", "moe"])
@@ -186,7 +186,7 @@ def test_a_tied_head_is_no_missing_weight(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("script", ["chat.py", "evaluate.py", "attention_map.py", "export_onnx.py", "web_demo.py"])
+@pytest.mark.parametrize("script", ["chat.py", "evaluate.py", "attention_map.py", "web_demo.py"])
 def test_every_example_refuses_a_folder_without_its_weights(tmp_path, script):
     if script in EXTRAS:
         pytest.importorskip(EXTRAS[script])
@@ -200,7 +200,6 @@ def test_every_example_refuses_a_folder_without_its_weights(tmp_path, script):
         "chat.py": ["What?"],
         "evaluate.py": ["--data", "data.jsonl", "--images", ".", "--output", "answers.jsonl"],
         "attention_map.py": ["--image", "a.png", "What?"],
-        "export_onnx.py": ["--output", "onnx"],
         "web_demo.py": [],
     }
     command = [sys.executable, str(CHAT.with_name(script)), "--model", ".", *options[script]]

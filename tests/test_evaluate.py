@@ -83,7 +83,7 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     # As if the power had failed in the middle of the fourth line
     pictures = [Path("images", row["image"]).resolve() for row in rows if "image" in row]
     settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*pictures)}
-    settings |= {"length": 4, "int8": False, "presence": "Is there a {} in the image?"}
+    settings |= {"length": 4, "precision": "float32", "presence": "Is there a {} in the image?"}
     # Some separators of lines may stand in a text
     first = json.dumps({**rows[0], "answer": "from\u2028before\x85"}, ensure_ascii=False) + "\n"
     Path("rest.jsonl.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])

@@ -44,6 +44,7 @@ def test_help_without_the_optional_packages(script):
         ("examples/web_demo.py", ["--model", "m"], "demo"),
         ("examples/attention_map.py", ["--model", "m", "--image", "a.png", "?"], "train"),
         ("convert/to_gguf.py", ["--model", "m", "--output", "o"], "gguf"),
+        ("convert/to_onnx.py", ["--model", "m", "--output", "o"], "onnx"),
     ],
 )
 def test_without_its_package_a_script_says_what_to_install(script, options, extra):

@@ -7,8 +7,8 @@
 The commands in convert/ read a command line and call these functions.
 """
 
-from . import from_native, to_gguf, to_llava, to_native
+from . import from_native, to_gguf, to_llava, to_native, to_onnx
 from .report import ConversionError
 
 
-__all__ = ["ConversionError", "from_native", "to_gguf", "to_llava", "to_native"]
+__all__ = ["ConversionError", "from_native", "to_gguf", "to_llava", "to_native", "to_onnx"]

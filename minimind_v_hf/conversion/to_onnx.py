@@ -25,7 +25,7 @@ from ..chat import encode_questions
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..data.images import read_image
 from ..model_card import table
-from ..modeling_minimind import MiniMindExperts, MiniMindMoE
+from ..modeling_minimind import MiniMindExperts, MiniMindMLP
 from ..onnx_model import GRAPHS, MiniMindVOnnxModel, graph_file
 from ..preparation import build_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
@@ -174,31 +174,46 @@ class Int8EmbedTokens(nn.Module):
         return self.weight[input_ids].float() * self.scale[input_ids]
 
 
+def _linear(*weights: torch.Tensor) -> nn.Linear:
+    """A layer without bias whose outputs are those of several, one behind the other: fewer and larger products."""
+    weight = torch.cat(weights).detach()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+class FeedForward(nn.Module):
+    """`MiniMindMLP`, or one expert, in two products."""
+
+    def __init__(self, gate_up: list[torch.Tensor], down: torch.Tensor, act_fn: nn.Module):
+        super().__init__()
+        self.gate_up_proj = _linear(*gate_up)
+        self.down_proj = _linear(down)
+        self.act_fn = act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 class Experts(nn.Module):
-    """`MiniMindExperts` with a matrix for each expert, which quantisers and a choice of experts at run time need."""
+    """`MiniMindExperts` with a module for each expert, which reads the tokens that chose it and costs nothing without any."""
 
     def __init__(self, experts: MiniMindExperts):
         super().__init__()
-        self.act_fn = experts.act_fn
-        self.gate_up_proj = nn.ModuleList(_linear(weight) for weight in experts.gate_up_proj)
-        self.down_proj = nn.ModuleList(_linear(weight) for weight in experts.down_proj)
+        pairs = zip(experts.gate_up_proj, experts.down_proj, strict=True)
+        self.experts = nn.ModuleList(FeedForward([gate_up], down, experts.act_fn) for gate_up, down in pairs)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)
-        for expert, (gate_up_proj, down_proj) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
-            chosen = top_k_index == expert  # (B*T, k)
+        output = torch.zeros_like(hidden_states, dtype=torch.float)  # CPUs do not scatter float16
+        for number, expert in enumerate(self.experts):
+            chosen = top_k_index == number  # (B*T, k)
             (token,) = torch.where(chosen.any(dim=-1))
             weight = (top_k_weights * chosen).sum(dim=-1, keepdim=True).index_select(0, token)
             # With an axis in front: the exporter would make a Gemm of two, which quantisers pass over
-            gate, up = gate_up_proj(hidden_states.index_select(0, token)[None]).chunk(2, dim=-1)
-            output = output.index_add(0, token, down_proj(self.act_fn(gate) * up)[0] * weight)
-        return output
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return linear
+            result = expert(hidden_states.index_select(0, token)[None])[0]
+            output = output.index_add(0, token, (result * weight).float())
+        return output.to(hidden_states.dtype)
 
 
 class Decoder(nn.Module):
@@ -208,6 +223,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.decoder: Any = model.get_decoder()
         self.lm_head = model.lm_head
+        attentions = [layer.self_attn for layer in self.decoder.layers]
+        self.qkv_proj = nn.ModuleList(_linear(a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) for a in attentions)
 
     def forward(
         self,
@@ -217,6 +234,7 @@ class Decoder(nn.Module):
         num_logits_to_keep: torch.Tensor,  # (), int64: of the last so many tokens; 0 of all
         past_key_values: list[tuple[torch.Tensor, torch.Tensor]],  # (B, K, S - T, d), in the dtype of the weights
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The logits (B, kept, V), float32, and the cache with the new tokens."""
         tokens, total = inputs_embeds.shape[1], attention_mask.shape[1]
         positions = torch.arange(total)
         causal = positions[None] <= (positions[total - tokens :])[:, None]  # (T, S)
@@ -229,19 +247,20 @@ class Decoder(nn.Module):
         sin = (angles.sin() * rotary.attention_scaling).to(hidden_states.dtype)
 
         present = []
-        for layer, (past_key, past_value) in zip(self.decoder.layers, past_key_values, strict=True):
+        for layer, qkv_proj, past in zip(self.decoder.layers, self.qkv_proj, past_key_values, strict=True):
             attention = layer.self_attn
-            heads = (*hidden_states.shape[:2], -1, attention.head_dim)
-            normed = layer.input_layernorm(hidden_states)
-            query = attention.q_norm(attention.q_proj(normed).view(heads)).transpose(1, 2)  # (B, H, T, d)
-            key = attention.k_norm(attention.k_proj(normed).view(heads)).transpose(1, 2)  # (B, K, T, d)
-            value = attention.v_proj(normed).view(heads).transpose(1, 2)
-            query, key = (torch.onnx.ops.rotary_embedding(states, cos, sin) for states in (query, key))
+            d = attention.head_dim
+            heads, kv_heads = attention.q_proj.out_features // d, attention.k_proj.out_features // d
+            qkv = qkv_proj(layer.input_layernorm(hidden_states))
+            query, key, value = qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=-1)  # (B, T, H*d), twice (B, T, K*d)
+            query, key = self._normed(attention.q_norm, query, d), self._normed(attention.k_norm, key, d)
+            query = torch.onnx.ops.rotary_embedding(query, cos, sin, num_heads=heads)
+            key = torch.onnx.ops.rotary_embedding(key, cos, sin, num_heads=kv_heads)
             output, key, value, _ = torch.onnx.ops.attention(
-                query, key, value, mask, past_key, past_value, scale=attention.scaling
-            )
-            present.append((key, value))  # (B, K, S, d)
-            hidden_states = hidden_states + attention.o_proj(output.transpose(1, 2).flatten(2))
+                query, key, value, mask, *past, scale=attention.scaling, q_num_heads=heads, kv_num_heads=kv_heads
+            )  # (B, T, H*d), twice (B, K, S, d)
+            present.append((key, value))
+            hidden_states = hidden_states + attention.o_proj(output)
             hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
         hidden_states = self.decoder.norm(hidden_states)
@@ -253,6 +272,11 @@ class Decoder(nn.Module):
             shape=(hidden_states.shape[0], num_logits_to_keep.item(), hidden_states.shape[2]),  # type: ignore[arg-type]
         )
         return self.lm_head(kept).float(), present
+
+    @staticmethod
+    def _normed(norm: nn.Module, states: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """Each head by itself, where the model has such a norm."""
+        return states if isinstance(norm, nn.Identity) else norm(states.unflatten(-1, (-1, head_dim))).flatten(2)
 
 
 @dataclass
@@ -320,9 +344,13 @@ def write_graphs(model: PreTrainedModel, folder: Path, dtypes: Sequence[str]) ->
     import onnx
 
     (folder / "onnx").mkdir()
-    for module in model.modules():
-        if isinstance(module, MiniMindMoE):
-            module.experts = Experts(module.experts)  # type: ignore[assignment]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MiniMindMLP):
+                gate_up = [child.gate_proj.weight, child.up_proj.weight]
+                setattr(parent, name, FeedForward(gate_up, child.down_proj.weight, child.act_fn))
+            elif isinstance(child, MiniMindExperts):
+                setattr(parent, name, Experts(child))
     for base, below in (("fp32", ["q8", "q4"]), ("fp16", ["q4f16"])):
         derived = [name for name in below if name in dtypes]
         if base == "fp16":
@@ -522,6 +550,7 @@ class Comparison:
 
     def __init__(self, model: PreTrainedModel, processor: MiniMindVProcessor, images: Sequence[str | Path]):
         self.source = "given" if images else "drawn"
+        self.image_token_id = processor.image_token_id
         rng = random.Random(0)
         scenes = rng.sample(all_scenes(), 4)
         try:
@@ -565,7 +594,13 @@ class Comparison:
     def _generate(self, model: PreTrainedModel) -> torch.Tensor:
         # The folder's own settings may have penalties, which generate() would take over from it
         eos = model.generation_config.eos_token_id
-        config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=0)
+        config = GenerationConfig(
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            suppress_tokens=[self.image_token_id],  # it would be read again without an image
+        )
         before, model.generation_config = model.generation_config, config
         try:
             return model.generate(**self.inputs)[:, self.prompt_length :]
@@ -583,6 +618,7 @@ class Comparison:
             pixel_values=self.inputs["pixel_values"],
             logits_to_keep=self.answers.shape[1],
         ).logits
+        logits[..., self.image_token_id] = -torch.inf
         return logits.log_softmax(-1)
 
 
