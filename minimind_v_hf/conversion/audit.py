@@ -27,13 +27,11 @@ class Audit:
         used: native names of the tensors that the model is made of.
         ignored: the others that are known, by the reason.
         problems: (name, what was found, what was expected). Any of them stops the conversion.
-        not_finite: (name, how many values of how many are NaN or infinite). Reported, but converted as they are.
     """
 
     used: list[str] = field(default_factory=list)
     ignored: dict[str, list[str]] = field(default_factory=dict)
     problems: list[tuple[str, str, str]] = field(default_factory=list)
-    not_finite: list[tuple[str, str]] = field(default_factory=list)
 
     def raise_if_spoiled(self, path: object) -> None:
         """Stop where a tensor is unknown, missing or of another kind.
@@ -75,14 +73,12 @@ def audit_tensors(
             audit.problems.append((name, str(shape), str(expected.get(name, "no such tensor"))))
         elif tensor.dtype not in _DTYPES:
             audit.problems.append((name, str(tensor.dtype).removeprefix("torch."), "float32, float16 or bfloat16"))
+        elif count := tensor.numel() - int(tensor.isfinite().sum()):
+            audit.problems.append((name, f"{count:,} of {tensor.numel():,} values NaN or infinite", "finite ones"))
         else:
             audit.used.append(name)
-            count = tensor.numel() - int(tensor.isfinite().sum())
-            if count:
-                audit.not_finite.append((name, f"{count:,} of {tensor.numel():,} values"))
     audit.problems += [(name, "missing", str(shape)) for name, shape in expected.items() if name not in tensors]
     embedding, head = (next(row.native[0] for row in table if name in row.ours) for name in ("embed_tokens", "lm_head"))
-    is_used = tied and {embedding, head} <= set(audit.used)
-    if is_used and not torch.equal(tensors[embedding].nan_to_num(), tensors[head].nan_to_num()):
+    if tied and {embedding, head} <= set(audit.used) and not torch.equal(tensors[embedding], tensors[head]):
         audit.problems.append((head, "other values", f"those of {embedding}, with which it is shared"))
     return audit

@@ -15,7 +15,7 @@ from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..files import make_readable
 from ..modeling_minimind import MiniMindForCausalLM
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from .report import ConversionError, explained
+from .report import ConversionError, explained, shorten
 
 
 _MODEL_FILES = (
@@ -50,7 +50,7 @@ def read_model_folder(
         The configuration, and the tensors by our names; of tied embeddings, both.
 
     Raises:
-        ConversionError: it is another model's, or a tensor is unknown, missing, misshapen or damaged.
+        ConversionError: it is another model's, or a tensor is unknown, missing, misshapen, NaN or damaged.
     """
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} is no model folder: it has no config.json")
@@ -78,6 +78,9 @@ def read_model_folder(
     except RuntimeError as error:
         problems = " ".join(str(error).split())
         raise ConversionError(f"{folder} does not hold the model of its config.json: {problems[:500]}") from None
+    not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise ConversionError(f"{folder} has NaN or infinite values in {shorten(not_finite)}: convert another checkpoint")
     return config, model.state_dict()
 
 

@@ -129,9 +129,6 @@ def convert(
     print_table("Parameters", [(part, f"{count / 1e6:.1f}M") for part, count in parameter_counts(model).items()])
 
     # ── The folder ──
-    if audit.not_finite:
-        where = shorten([f"{name} ({count})" for name, count in audit.not_finite])
-        warnings.append(f"NaN or infinite weights in {where}: they were converted as they are, and this model will not work.")
     with new_folder(output) as staging:
         model.save_pretrained(staging)
         model.config.dtype = language_dtype  # transformers writes that of the first tensor, which is the encoder's
@@ -155,7 +152,8 @@ def load_preprocessing(source: str) -> tuple[PreTrainedConfig, BaseImageProcesso
     vision_config = load_config(source, what)
     with explained(f"{what}: no encoder for MiniMind-V"):
         vision_config = MiniMindVConfig(vision_config=vision_config).vision_config
-    with explained(f"{what}: its preprocessing cannot be read"):
+    advice = "take preprocessor_config.json from where the encoder was published"
+    with explained(f"{what}: its preprocessing cannot be read, {advice}"):
         image_processor = AutoImageProcessor.from_pretrained(source)
         size = vision_config.image_size
         pixels = image_processor(torch.zeros(3, size, 2 * size, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
@@ -229,7 +227,6 @@ def report_audit(audit: Audit, other_entries: list[str]) -> None:
     rows += [("ignored", len(names), f"{reason}: {shorten(names)}") for reason, names in audit.ignored.items()]
     if other_entries:
         rows.append(("left out", len(other_entries), f"the state of the training: {', '.join(other_entries)}"))
-    rows += [("not finite", count, name) for name, count in audit.not_finite]
     print_table("Tensors of the file", rows)
     if audit.problems:
         print_table("Problems: tensor, found, expected", audit.problems)
