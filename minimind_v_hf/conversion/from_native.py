@@ -35,7 +35,6 @@ def convert(
     tokenizer: str,
     output: str | Path,
     *,
-    name: str | None = None,
     dtype: torch.dtype | None = None,
     num_attention_heads: int | None = None,
     num_experts_per_tok: int | None = None,
@@ -52,7 +51,6 @@ def convert(
             language model of a language model's weights.
         tokenizer: folder or Hub id of the tokenizer that the model was trained with.
         output: the folder to write.
-        name: of the model in its card; by default the folder's.
         dtype: of all weights; by default as they are in their files.
         num_attention_heads: query heads, which MiniMind2 files do not tell; 8 by default, with a warning.
         num_experts_per_tok: 2 by default, for minimind-3 1.
@@ -134,7 +132,7 @@ def convert(
         model.config.dtype = language_dtype  # transformers writes that of the first tensor, which is the encoder's
         model.config.save_pretrained(staging)
         processor.save_pretrained(staging)
-        card = converted_card(name or output.resolve().name, weights.name, model, architecture, audit, warnings)
+        card = converted_card(output.resolve().name, weights.name, model, architecture, audit, warnings)
         (staging / "README.md").write_text(card, encoding="utf-8")
         difference = verify(model, staging, remote_code=True)
     print(f"\nA fresh process without this package loads the folder; its logits differ by {difference:.1e} at most.")
