@@ -37,20 +37,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return model_class(config)
 
 
-def read_model_folder(
-    folder: Path, with_encoder: bool = True
-) -> tuple[MiniMindVConfig | MiniMindVTextConfig, dict[str, torch.Tensor]]:
-    """The configuration and the tensors of a model of this package, in the dtypes in which they are stored.
+def read_model_folder(folder: Path, with_encoder: bool = True) -> PreTrainedModel:
+    """A model of this package, in the dtypes in which its tensors are stored.
 
-    Args:
-        folder: written by `save_pretrained`.
-        with_encoder: False leaves the image encoder out; it may be missing then, as in a training checkpoint.
-
-    Returns:
-        The configuration, and the tensors by our names; of tied embeddings, both.
-
-    Raises:
-        ConversionError: it is another model's, or a tensor is unknown, missing, misshapen, NaN or damaged.
+    Without its encoder where that is not wanted; it may be missing then, as in a training checkpoint. Raises ConversionError
+    where the folder is another model's, or a tensor is unknown, missing, misshapen, NaN or damaged.
     """
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} is no model folder: it has no config.json")
@@ -81,15 +72,12 @@ def read_model_folder(
     not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if not_finite:
         raise ConversionError(f"{folder} has NaN or infinite values in {shorten(not_finite)}: convert another checkpoint")
-    return config, model.state_dict()
+    model.tie_weights()
+    return model
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse an output that would destroy something, before any work is done.
-
-    Raises:
-        ConversionError: it is a file, holds one of the inputs, or something that `overwrite` does not replace.
-    """
+    """Raise ConversionError for an output that would destroy something: an input, a file, or another folder than a model's."""
     resolved = output.resolve()
     for path in inputs:
         if path.exists() and resolved in (path.resolve(), *path.resolve().parents):
