@@ -201,7 +201,9 @@ def test_resume_checkpoint_with_the_encoder_inside(sources, tensors, tmp_path, n
 
     inside["vision_encoder.vision_model.post_layernorm.weight"] += 1
     torch.save({"model": native | inside, **training}, tmp_path / "resume.pth")
-    assert "differs from --vision-tower in 1 of" in refused(capsys, from_native.main, [*command, "--overwrite"])
+    assert "--vision-tower differs from the encoder in --weights in 1 of" in refused(
+        capsys, from_native.main, [*command, "--overwrite"]
+    )
 
 
 def test_native_folder_tells_what_a_file_cannot(sources, tensors, tmp_path, no_fresh_process, capsys):
@@ -440,7 +442,7 @@ ENCODERS = {
     "no layers": ("config.json", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
     "a billion layers": ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
     "no heads": ("config.json", {"num_attention_heads": 0}, "no configuration can be loaded from there"),
-    "more layers": ("config.json", {"num_hidden_layers": 5}, "missing tensors"),
+    "more layers": ("config.json", {"num_hidden_layers": 5}, "it has no weights for encoder.layers.2."),
     "no size": ("preprocessor_config.json", {"crop_size": "x"}, "preprocessing"),
     "another size": ("preprocessor_config.json", {"crop_size": {"height": 24, "width": 24}}, "its preprocessing gives 3x24x24"),
     "a variance of 0": (

@@ -42,11 +42,7 @@ def verify(model: PreTrainedModel, folder: Path, remote_code: bool) -> float:
         folder: the written one.
         remote_code: whether the folder brings its own code.
 
-    Returns:
-        The largest difference of the logits.
-
-    Raises:
-        ConversionError: the folder does not load, or gives other logits or tokens.
+    Returns the largest difference of the logits. Raises ConversionError where the folder does not load, or answers otherwise.
     """
     model, inputs = model.float().eval(), sample_inputs(model.config)
     suppressed = [model.config.image_token_id] if len(inputs) > 1 else None  # an answer holds no image
