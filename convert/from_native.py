@@ -9,8 +9,6 @@ pytorch_model.bin and config.json. Language-model weights without --vision-tower
 
 from collections.abc import Sequence
 
-import torch
-
 from minimind_v_hf.conversion import from_native
 from minimind_v_hf.conversion.command_line import converter_parser, run
 
@@ -21,16 +19,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = converter_parser(__doc__, weights="native .pth file, or native folder", tokenizer=tokenizer)
     add = parser.add_argument
     add("--vision-tower", help="folder or Hub id of the image encoder (of CLIP or SigLIP, its vision half)")
-    dtypes = ("float32", "float16", "bfloat16")
-    add("--dtype", choices=dtypes, help="of all weights (default: as they are in their files)")
     heads = "of queries; MiniMind2 files do not tell (default: 8, as published, with a warning)"
     add("--num-attention-heads", type=int, metavar="N", help=heads)
     add("--num-experts-per-tok", type=int, metavar="N", help="experts per token (default: 2, for minimind-3 1)")
     add("--inference-rope-scaling", action="store_true", help="longer contexts with YaRN, as the native option of this name")
     add("--max-position-embeddings", type=int, metavar="N", help="longest sequence in tokens (default: 32768)")
-    options = vars(parser.parse_args(argv))
-    options["dtype"] = options["dtype"] and getattr(torch, options["dtype"])
-    run(from_native.convert, options)
+    run(from_native.convert, vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

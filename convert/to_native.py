@@ -7,19 +7,13 @@ Native files leave out the image encoder, so this one does too. What the native 
 
 from collections.abc import Sequence
 
-import torch
-
 from minimind_v_hf.conversion import to_native
 from minimind_v_hf.conversion.command_line import MODEL, converter_parser, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert."""
-    parser = converter_parser(__doc__, model=MODEL)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of all weights (default: as stored)")
-    options = vars(parser.parse_args(argv))
-    options["dtype"] = options["dtype"] and getattr(torch, options["dtype"])
-    run(to_native.convert, options)
+    run(to_native.convert, vars(converter_parser(__doc__, model=MODEL).parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -111,14 +111,6 @@ def test_half_precision_stays_and_the_encoder_keeps_its_bits(dtype, sources, ten
     assert {p.dtype for p in MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "model").parameters()} == {dtype}
     to_native.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "back.pth")])
     assert same_bits(torch.load(tmp_path / "back.pth", weights_only=True), native)
-    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "wide.pth"), "--dtype", "float32"]
-    to_native.main(command)
-    assert {tensor.dtype for tensor in torch.load(tmp_path / "wide.pth", weights_only=True).values()} == {torch.float32}
-
-
-def test_dtype_casts_everything(sources, tmp_path, no_fresh_process):
-    from_native.main(arguments(sources, tmp_path / "model", "g2-dense", None, "--dtype", "bfloat16"))
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 # ── What a user gets ─────────────────────────────────────────────────────────────────────────────────────────────────

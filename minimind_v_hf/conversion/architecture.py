@@ -95,7 +95,7 @@ def detect(
     for name, value in (_PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]).items():
         hint = f"; else pass {_flag(name)}" if name in _OPTIONS else ""
         known.setdefault(name, told.get(name, (value, f"published default{hint}")))
-    known = told | known
+    known |= {name: entry for name, entry in told.items() if name not in known}
     if not sizes["num_experts"]:
         if "num_experts_per_tok" in options:
             raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")

@@ -51,13 +51,12 @@ def read_model_folder(folder: Path, with_encoder: bool = True) -> PreTrainedMode
     decoder = config.get_text_config()
     if not isinstance(decoder, MiniMindVTextConfig):
         raise ConversionError(f"{folder} holds a MiniMind-V with the decoder {decoder.model_type!r}, expected MiniMind's")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ConversionError(f"{folder} holds no weights: there is no model.safetensors")
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted(folder.glob("model*.safetensors")):
         with explained(f"{file} is truncated or damaged"):
             tensors |= load_file(file)
+    if not tensors:
+        raise ConversionError(f"{folder} holds no weights: there is no model.safetensors")
     model = empty_model(config)
     if not with_encoder and isinstance(config, MiniMindVConfig):
         model.model.vision_tower = None

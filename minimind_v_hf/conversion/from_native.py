@@ -37,7 +37,6 @@ def convert(
     tokenizer: str,
     output: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     num_attention_heads: int | None = None,
     num_experts_per_tok: int | None = None,
     inference_rope_scaling: bool = False,
@@ -52,7 +51,6 @@ def convert(
             language model of a language model's weights.
         tokenizer: folder or Hub id of the tokenizer that the model was trained with.
         output: the folder to write.
-        dtype: of all weights; by default as they are in their files.
         num_attention_heads: query heads, which MiniMind2 files do not tell; 8 by default, with a warning.
         num_experts_per_tok: 2 by default, for minimind-3 1.
         inference_rope_scaling: longer contexts with YaRN, as the native option of this name.
@@ -104,7 +102,7 @@ def convert(
     audit.raise_if_spoiled(weights)
 
     # ── The model ──
-    language_dtype = dtype or reduce(torch.promote_types, {native.tensors[name].dtype for name in audit.used})
+    language_dtype = reduce(torch.promote_types, {native.tensors[name].dtype for name in audit.used})
     state_dict = {name: tensor.to(language_dtype) for name, tensor in from_native(native.tensors, rows).items()}
     processor, notes = native_tokenizer, []
     if vision_tower:
@@ -112,7 +110,7 @@ def convert(
             processor = MiniMindVProcessor.build(image_processor, image_tokenizer, config)
         tower = load_vision_tower(vision_tower, config.vision_config)
         compare_encoders(tower, native.tensors)
-        state_dict |= {f"model.vision_tower.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tower.items()}
+        state_dict |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()}
         if not architecture.has_projector:
             notes = ["The projector is freshly initialised: these weights are a language model's. Train it on images first."]
             with torch.random.fork_rng(devices=[]):

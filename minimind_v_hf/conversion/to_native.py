@@ -12,13 +12,12 @@ from .key_table import Generation, key_table, to_native
 from .report import ConversionError, explained, print_table
 
 
-def convert(model: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+def convert(model: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
     """Write a native `.pth` file, without the image encoder as native files are, and print what native scripts must be told.
 
     Args:
         model: folder of a MiniMind-V or MiniMind model of this package.
         output: the file to write; it is there complete or not at all.
-        dtype: of all weights; by default as they are stored.
         overwrite: replace a file that is there already.
 
     Raises:
@@ -33,9 +32,8 @@ def convert(model: str | Path, output: str | Path, *, dtype: torch.dtype | None 
     latest: Generation = "minimind-3" if ours.config.get_text_config().use_qk_norm else "minimind2"
     generation: Generation = getattr(ours.config, "native_generation", latest)  # a model made here has none
     with explained(f"{model} has no native form"):
-        tensors = to_native(ours.state_dict(), key_table(ours.config, generation))
+        state_dict = to_native(ours.state_dict(), key_table(ours.config, generation))
     print_table(f"Native model of {model}", native_options(ours.config.get_text_config(), generation))
-    state_dict = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
         torch.save(state_dict, Path(work, output.name))
