@@ -396,7 +396,7 @@ def test_a_broken_image_is_named_and_left_out(visit, address, tmp_path):
     assert page.page.locator("#notice").is_hidden()
 
 
-# ── What cannot be, is said ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Notices of what cannot be ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class BreaksOff(BaseHTTPRequestHandler):
@@ -412,7 +412,7 @@ class BreaksOff(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_that_breaks_off_is_said_to_be_so(visit, address):
+def test_notice_of_a_download_that_breaks_off(visit, address):
     with ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         elsewhere = f"http://127.0.0.1:{server.server_port}/"
@@ -436,7 +436,7 @@ def test_a_download_that_breaks_off_is_said_to_be_so(visit, address):
     ],
     ids=["no network", "no file", "no graph"],
 )
-def test_why_a_model_does_not_load_is_said_and_the_question_is_kept(visit, address, block, message):
+def test_notice_of_why_a_model_does_not_load_and_the_question_is_kept(visit, address, block, message):
     page = visit("about:blank", is_ready=False, locale="en-US")
     page.context.route("**/onnx/vision_encoder*", block)
     page.page.goto(address)

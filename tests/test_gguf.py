@@ -80,7 +80,7 @@ def test_log_probabilities_of_text(kind, exported):
     model, _, folder = exported(kind)
     input_ids = torch.randint(3, 320, (1, 90))
     input_ids[input_ids == model.config.image_token_id] = 5
-    lengths = (1, 2, 5, 30, 60, 90)  # of those for YARN, some beyond its original length
+    lengths = (1, 2, 5, 30, 60, 90)  # of those for YARN, the last ones beyond its original length
     requests = [{"prompt": input_ids[0, :length].tolist(), "logprobs": 320, **ONE_TOKEN} for length in lengths]
     answers = llama_cpp.ask(files(folder)[0], None, requests, [], 128)
     found = torch.stack([log_probabilities(answer) for answer in answers])
@@ -307,7 +307,7 @@ def test_another_graph_than_the_model_is_noticed(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "gguf").exists()
 
 
-def test_what_llama_cpp_cannot_load_is_said(tmp_path):
+def test_what_llama_cpp_cannot_load_raises(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     if llama_cpp.is_installed():
         with pytest.raises(ConversionError, match=r"llama.cpp does not run broken.gguf"):

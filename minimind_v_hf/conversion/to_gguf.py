@@ -123,7 +123,7 @@ def convert(
     Args:
         model: folder of a MiniMind-V or MiniMind model of this package.
         output: the folder to write.
-        dtypes: some of `DTYPES`. The mmproj of a float32 decoder is in float32, that of all others in float16.
+        dtypes: one or more of `DTYPES`. The mmproj of a float32 decoder is in float32, that of all others in float16.
         class_token: "last" or "first", where llama.cpp puts CLIP's class token: see `_CLASS_TOKEN`.
         overwrite: replace a folder of a model that is there already.
 
@@ -211,7 +211,7 @@ def check_float32(agreements: Sequence[llama_cpp.Agreement], has_class_token: bo
     """Raise a ConversionError where llama.cpp's float32 is not the model's, so that its graph is another one.
 
     Args:
-        agreements: after text, and after images where there are some.
+        agreements: after text, and after images if the model has an encoder.
         has_class_token: whether a class token changes the images: see `_CLASS_TOKEN`.
     """
     for agreement, tolerance in zip(agreements, (TOLERANCE, None if has_class_token else IMAGE_TOLERANCE), strict=False):
