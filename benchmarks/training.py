@@ -39,13 +39,12 @@ from transformers import __version__ as transformers_version
 
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
-from minimind_v_hf.quantization import has_fast_bf16
+from minimind_v_hf.hardware import has_fast_bf16, matmul_rate
 from minimind_v_hf.training import (
     CachedFeaturesCollator,
     MiniMindVTrainer,
     encode_images,
     freeze,
-    matmul_rate,
     native_recipe,
     training_flops,
 )

@@ -166,8 +166,8 @@ def main() -> None:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the weights. auto, the default, is the fastest: bfloat16 on a GPU; on a CPU the decoder's in int8, "
-        "which may now and then change a word",
+        help="of the weights. auto, the default, is bfloat16 where the machine has it in hardware, else float32; of a folder "
+        "that convert/to_onnx.py wrote, what the export found best",
     )
     arguments = parser.parse_args()
     options = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}

@@ -38,13 +38,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .arguments_minimind_v import CACHE
+from .hardware import has_fast_bf16
 from .onnx_model import SUFFIXES, MiniMindVOnnxModel, precisions
 from .processing_minimind_v import MiniMindVProcessor
-from .quantization import has_fast_bf16, quantize_int8
 
 
-PRECISIONS = ("auto", "float32", "bfloat16", "int8", *SUFFIXES)
-"""The last ones are of ONNX folders, to which float32 is fp32 and int8 is q8."""
+PRECISIONS = ("auto", "float32", "bfloat16", *SUFFIXES)
+"""The last ones are of ONNX folders, to which float32 is fp32."""
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,8 +57,7 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
 
     Args:
         folder: path or Hub id.
-        precision: "float32", "bfloat16", "int8" for decoder weights rounded to int8, the rest being bfloat16 where the machine
-            multiplies that in hardware and float32 elsewhere, or "auto" for the fastest: bfloat16 on a GPU, int8 on a CPU.
+        precision: "float32", "bfloat16", or "auto" for the faster one: bfloat16 where the machine has it in hardware.
             A folder that convert/to_onnx.py wrote has precisions of its own, of which "auto" is what the export found best.
         kwargs: of `from_pretrained` of the model.
 
@@ -67,19 +66,22 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
     """
     folder, device = os.fspath(folder), "cuda" if torch.cuda.is_available() else "cpu"
     if precisions(folder):
-        return _load_onnx(folder, {"float32": "fp32", "int8": "q8"}.get(precision, precision), **kwargs)
+        return _load_onnx(folder, "fp32" if precision == "float32" else precision, **kwargs)
     if precision in SUFFIXES:
         raise ValueError(f"The model {folder!r} has no precision {precision!r}: convert/to_onnx.py makes a folder that has.")
-    if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "int8"
-    dtype = torch.bfloat16 if precision == "bfloat16" or (precision == "int8" and has_fast_bf16()) else torch.float32
+    is_bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16())
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         processor.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
         # Other shapes are let pass here, so that all that is wrong is in one message below, and no table precedes it
         with _quiet_loading():
             model, loading = AutoModelForImageTextToText.from_pretrained(
-                folder, trust_remote_code=True, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+                folder,
+                trust_remote_code=True,
+                dtype=torch.bfloat16 if is_bf16 else torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(model.generation_config, name)
@@ -88,8 +90,7 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
     except Exception as error:  # a damaged file may raise anything in the libraries that read it
         raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
     refuse_other_weights(folder, model, loading)
-    model = model.to(device).eval()
-    return (quantize_int8(model) if precision == "int8" else model), processor
+    return model.to(device).eval(), processor
 
 
 def _load_onnx(folder: str, dtype: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:

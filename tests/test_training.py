@@ -34,6 +34,7 @@ from transformers.trainer_callback import TrainerCallback
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
 from minimind_v_hf import head_minimind_v as modeling
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
+from minimind_v_hf.hardware import matmul_rate
 from minimind_v_hf.training import (
     TRAINABLE,
     CachedFeaturesCollator,
@@ -49,7 +50,6 @@ from minimind_v_hf.training import (
     load_checkpoint,
     load_data,
     load_start,
-    matmul_rate,
     native_recipe,
     parameter_table,
     parse_arguments,

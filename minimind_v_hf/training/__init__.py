@@ -5,7 +5,7 @@ from .checkpoints import checkpoint_to_resume, claim_new_output_dir, encoder_dig
 from .features import CachedFeaturesCollator, FeatureCache, encode_images
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
 from .loading import TrainingData, load_data, load_start, make_collator
-from .metering import StepMeter, matmul_rate, training_flops
+from .metering import StepMeter, training_flops
 from .reports import SampleSheet
 from .trainer import MiniMindVTrainer
 
@@ -31,7 +31,6 @@ __all__ = [
     "load_data",
     "load_start",
     "make_collator",
-    "matmul_rate",
     "native_recipe",
     "parameter_table",
     "parse_arguments",

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from ..quantization import has_fast_bf16
+from ..hardware import has_fast_bf16
 from .freezing import TRAINABLE
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..hardware import matmul_rate
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .freezing import is_frozen
 
@@ -47,23 +48,6 @@ def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]
             tokens = model.config.image_seq_length
             flops["image"] += 2 * weight.numel() * tokens * (1 + encoder_learns + weight.requires_grad)
     return flops
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Floating-point operations a second of a large matrix product, as measured here and now: best of five."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(6):  # the first one warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = clock()
-        product = a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * side**3 / (clock() - start))
-        del product
-    return best
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
