@@ -86,7 +86,7 @@ class ImageGenerationMixin(GenerationMixin):
     """Generation for prompts with images."""
 
     config: PreTrainedConfig
-    model: Any
+    base_model: Any
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """Continuous batching of transformers, for prompts of text alone: it takes no images.
@@ -106,7 +106,7 @@ class ImageGenerationMixin(GenerationMixin):
         images = (model_kwargs.get("mm_encoder_outputs") or {}).pop("image", None)
         cache = model_kwargs.get(CACHE)
         first = cache is None or cache.get_seq_length() == 0
-        if images is None and input_ids is not None and first and self.model.has_placeholders(input_ids):
+        if images is None and input_ids is not None and first and self.base_model.has_placeholders(input_ids):
             raise ValueError(
                 f"The prompt holds image tokens (id {self.config.image_token_id}), but no pixel_values were given: pass the "
                 "images beside the prompt, as the processor returns them."
@@ -114,7 +114,7 @@ class ImageGenerationMixin(GenerationMixin):
         if images is not None and expand_size > 1:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             features = images.pooler_output
-            mask = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds, features)
+            mask = self.base_model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds, features)
             groups = features.split((mask.sum(dim=(1, 2)) // self.config.image_seq_length).tolist())
             images.pooler_output = torch.cat([group for group in groups for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

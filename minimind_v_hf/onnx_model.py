@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlavaConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LlavaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .arguments_minimind_v import CACHE, check_lengths, takes_cache
+from .head_minimind_v import ImageGenerationMixin
 
 
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -37,7 +38,7 @@ def precisions(folder: str | os.PathLike) -> list[str]:
     return [dtype for dtype in SUFFIXES if all(graph_file(folder, graph, dtype).is_file() for graph in GRAPHS)]
 
 
-class MiniMindVOnnxModel(PreTrainedModel, GenerationMixin):
+class MiniMindVOnnxModel(PreTrainedModel, ImageGenerationMixin):
     """MiniMind-V over ONNX Runtime, for answers on a CPU; made by `from_pretrained`.
 
     Args:
@@ -182,13 +183,21 @@ class MiniMindVOnnxModel(PreTrainedModel, GenerationMixin):
         if images is None:
             return embeddings
         features = images.pooler_output
+        return embeddings.masked_scatter(self.get_placeholder_mask(input_ids, None, features), features)
+
+    def has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        """Whether there are image tokens."""
+        return bool((input_ids == self.config.image_token_id).any())
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor, inputs_embeds: None, features: torch.Tensor) -> torch.Tensor:
+        """Where the image tokens are, (B, T, 1). Raises ValueError where they are not as many as the images' vectors."""
         mask = input_ids == self.config.image_token_id
         if mask.sum() != features.shape[0] * features.shape[1]:
             raise ValueError(
                 f"The prompts hold {int(mask.sum())} image tokens, but {len(features)} images of {features.shape[1]} tokens "
                 "were given: pass as many images as placeholders."
             )
-        return embeddings.masked_scatter(mask[..., None], features)
+        return mask[..., None]
 
     def _past(self, cache: DynamicCache, batch: int) -> dict[str, torch.Tensor]:
         """Keys and values so far, by the names of the graph's inputs."""

@@ -22,6 +22,7 @@ pytest.importorskip("onnxruntime")
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVOnnxModel, MiniMindVProcessor, MiniMindVTextConfig
 from minimind_v_hf.chat import Conversation, answer_questions, encode_questions, load_model
 from minimind_v_hf.conversion import ConversionError, to_onnx
+from minimind_v_hf.conversion.folders import check_output
 
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,7 @@ def test_the_files_are_those_that_transformers_js_reads(exported):
     assert (processor["patch_size"], processor["num_additional_image_tokens"], processor["image_token"]) == (4, 0, "<image>")
     assert tokenizer["chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
     assert isinstance(AutoProcessor.from_pretrained(folder), MiniMindVProcessor)
+    check_output(folder, overwrite=True, inputs=[])
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,8 @@ def test_what_forward_cannot_do_is_an_error(dense):
     inputs = batch(processor)
     with pytest.raises(ValueError, match="hold 48 image tokens, but 2 images of 16 tokens"):
         onnx(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
+    with pytest.raises(ValueError, match=r"holds image tokens .* but no pixel_values were given"):
+        onnx.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2)
     with pytest.raises(ValueError, match="the cache was lost"):
         onnx(inputs["input_ids"][:, -1:], attention_mask=inputs["attention_mask"])
     with pytest.raises(ValueError, match="expected a DynamicCache"):
@@ -284,8 +288,12 @@ def test_folders_that_cannot_be_exported_are_refused(tmp_path):
             to_onnx.convert(tmp_path / name, tmp_path / "onnx")
     with pytest.raises(ConversionError, match="Cannot read the image"):
         to_onnx.convert(save(tmp_path / "model", make_model()), tmp_path / "onnx", images=[tmp_path / "no.png"])
-    with pytest.raises(ConversionError, match="is not empty: choose another folder"):
-        to_onnx.convert(tmp_path / "model", tmp_path / "text")
+    for name, options, reason in [("text", {}, "is not empty"), ("full", {"overwrite": True}, "it holds notes")]:
+        (tmp_path / "full" / "onnx").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "full" / "config.json").touch()
+        (tmp_path / "full" / "onnx" / "notes").touch()
+        with pytest.raises(ConversionError, match=reason):
+            to_onnx.convert(tmp_path / "model", tmp_path / name, **options)
     assert not (tmp_path / "onnx").exists()
 
 

@@ -19,7 +19,7 @@ from .report import ConversionError, explained
 
 
 _MODEL_FILES = (
-    *(".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".gitattributes"),
+    *(".json", ".safetensors", ".bin", ".py", ".jinja", ".txt", ".model", ".md", ".onnx", ".gitattributes"),
     *(".gguf", "Modelfile"),
 )
 
@@ -96,7 +96,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     entries = sorted(output.iterdir()) if output.is_dir() else []
     if entries and not overwrite:
         raise ConversionError(f"--output {output} is not empty: choose another folder, or pass --overwrite to replace it")
-    foreign = [entry for entry in entries if not (entry.is_file() and entry.name.endswith(_MODEL_FILES))]
+    files = [file for entry in entries for file in (sorted(entry.glob("*")) if entry.name == "onnx" else [entry])]
+    foreign = [file for file in files if not (file.is_file() and file.name.endswith(_MODEL_FILES))]
     is_model = (output / "config.json").is_file() or any(entry.suffix == ".gguf" for entry in entries)
     if foreign or (entries and not is_model):
         reason = f"it holds {foreign[0].name}" if foreign else "it has no config.json"
