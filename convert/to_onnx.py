@@ -6,28 +6,22 @@ In float32, the graphs must give the greedy tokens of the model. How well the ot
 in the folder's README.md. The folder is a --model for chat.py, web_demo.py and evaluate.py.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_v_hf.conversion import to_onnx
-from minimind_v_hf.conversion.report import run
+from minimind_v_hf.conversion.command_line import converter_parser, run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and export. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="folder of a MiniMind-V of this package")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and export."""
+    parser = converter_parser(__doc__, model="folder of a MiniMind-V of this package")
     parser.add_argument(
         "--dtype", nargs="+", choices=to_onnx.PRECISIONS, default=["fp32", "q8", "q4"], help="precisions (default: fp32 q8 q4)"
     )
     parser.add_argument("--images", nargs="+", default=[], type=Path, help="images to compare answers on (default: drawn ones)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there already")
-    options = vars(parser.parse_args(argv))
-    return run(lambda: to_onnx.convert(**options))
+    run(to_onnx.convert, vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -71,7 +71,7 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
     first, cache = outputs.logits[:, -1:].float().log_softmax(-1), getattr(outputs, CACHE)
     scores: list[list[float]] = [[] for _ in choices]
     for number in range(max(map(len, choices))):
-        texts = [some[number] if number < len(some) else "" for some in choices]
+        texts = [given[number] if number < len(given) else "" for given in choices]
         ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
         longest = max(map(len, ids))
         padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids], device=first.device)
@@ -82,8 +82,8 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
             log_probabilities = torch.cat((first, later.float().log_softmax(-1)), dim=1)
             cache.crop(1 - longest)  # back to the prompts
         taken = log_probabilities.gather(2, padded[..., None])[..., 0]
-        for row, (some, tokens) in enumerate(zip(choices, ids, strict=True)):
-            if number < len(some):
+        for row, (given, tokens) in enumerate(zip(choices, ids, strict=True)):
+            if number < len(given):
                 scores[row].append(taken[row, : len(tokens)].sum().item())
     return scores
 

@@ -21,7 +21,7 @@ from transformers import TextIteratorStreamer
 
 from minimind_v_hf.chat import Conversation, load_model, media_kind
 from minimind_v_hf.scripts import errors_in_one_line
-from minimind_v_hf.shapes import all_scenes, draw
+from minimind_v_hf.shapes import all_scenes, draw, questions
 
 
 try:
@@ -209,10 +209,11 @@ def load_once(folder: str):
 def draw_examples(folder: Path) -> list[dict[str, Any]]:
     """Questions about images of coloured shapes, which are drawn into a folder."""
     rng = random.Random(5)
-    scenes = [scene for scene in rng.sample(all_scenes(), 50) if sum(thing is not None for thing in scene) == 3]
+    scenes = (scene for scene in rng.sample(all_scenes(), 50) if sum(thing is not None for thing in scene) == 3)
     asked = ["How many shapes are there?", "左上的图形是什么颜色？", "Which shape is at the bottom right?", "图中有几个图形？"]
     examples = []
-    for number, (scene, question) in enumerate(zip(scenes, asked, strict=False)):
+    for number, question in enumerate(asked):
+        scene = next(scene for scene in scenes if any(question in other.text for other in questions(scene)))
         path = folder / f"shapes-{number}.png"
         draw(scene, rng).save(path)
         examples.append({"text": question, "files": [str(path)]})

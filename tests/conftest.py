@@ -5,13 +5,14 @@ import io
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,3 +153,14 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def refused(capsys, main: Callable[[list[str]], object], command: list[str]) -> str:
+    """The one line on stderr with which a script refuses a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"\S+: error: .+\n", message)
+    return message

@@ -396,7 +396,7 @@ def test_a_broken_image_is_named_and_left_out(visit, address, tmp_path):
     assert page.page.locator("#notice").is_hidden()
 
 
-# ── What cannot be, is said ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Notices of what cannot be ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class BreaksOff(BaseHTTPRequestHandler):
@@ -412,7 +412,7 @@ class BreaksOff(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_that_breaks_off_is_said_to_be_so(visit, address):
+def test_notice_of_a_download_that_breaks_off(visit, address):
     with ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         elsewhere = f"http://127.0.0.1:{server.server_port}/"
@@ -436,7 +436,7 @@ def test_a_download_that_breaks_off_is_said_to_be_so(visit, address):
     ],
     ids=["no network", "no file", "no graph"],
 )
-def test_why_a_model_does_not_load_is_said_and_the_question_is_kept(visit, address, block, message):
+def test_notice_of_why_a_model_does_not_load_and_the_question_is_kept(visit, address, block, message):
     page = visit("about:blank", is_ready=False, locale="en-US")
     page.context.route("**/onnx/vision_encoder*", block)
     page.page.goto(address)
@@ -563,3 +563,41 @@ def test_what_is_built_runs_on_any_static_host_with_one_thread(visit, tmp_path):
         assert "COOP" in page.page.locator("#device").get_attribute("title")
         page.page.locator(".example").first.click()
         assert page.answer() == "three"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "."], "something else is there: choose another folder"),
+        (["--output", "diary.txt"], "something else is there: choose another folder"),
+        (["--model", "nothing"], "expected a folder that convert/to_onnx.py wrote"),
+        (["--nothing"], "Unknown option '--nothing'"),
+    ],
+    ids=["a folder of other things", "a file", "no model", "no option"],
+)
+def test_build_refuses_and_leaves_all_as_it_was(arguments, message, tmp_path):
+    (tmp_path / "diary.txt").write_text("dear")
+    (tmp_path / "model").mkdir()
+    environment = os.environ | {"INIT_CWD": str(tmp_path)}
+    command = ["node", BROWSER / "build.mjs", *arguments]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("build.mjs: error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diary.txt", "model"]
+    assert (tmp_path / "diary.txt").read_text() == "dear"
+
+
+def test_what_was_built_is_replaced(tmp_path):
+    for _ in range(2):
+        subprocess.run(["node", BROWSER / "build.mjs", "--output", tmp_path], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "lib" / "transformers.min.js").is_file()
+
+
+def test_serve_needs_a_port_that_there_is():
+    done = subprocess.run(
+        [sys.executable, BROWSER / "serve.py", "--port", "99999"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "serve.py: error: cannot listen at 127.0.0.1:99999: bind(): port must be 0-65535.\n"

@@ -138,7 +138,7 @@ def test_its_own_llava_gives_the_greedy_tokens(gelu, tmp_path):
     pytest.importorskip("torchvision")
     expected = save("dense", tmp_path / "ours")
     command = ["--model", str(tmp_path / "ours"), "--output", str(tmp_path / "llava"), *(["--gelu"] if gelu else [])]
-    assert to_llava.main(command) == 0
+    to_llava.main(command)
     # MiniMind2-V's projector has no activation: "linear" to transformers, which vLLM knows by another name
     identity = {} if gelu else {"projector_hidden_act": "torch.nn.modules.linear.Identity"}
     assert offline(tmp_path / "llava", {"model_impl": "vllm", "hf_overrides": identity}) == expected

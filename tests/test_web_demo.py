@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_image, make_model, make_processor
+from PIL import Image
+
+from minimind_v_hf.shapes import PLACES
 
 
 pytest.importorskip("gradio")
@@ -36,7 +39,7 @@ def folder(tmp_path_factory):
         model.save_pretrained(path / name)
         make_processor().save_pretrained(path / name)
     make_image().save(path / "red.png")
-    (path / "broken.png").write_text("no picture")
+    (path / "broken.png").write_text("no image")
     return path
 
 
@@ -61,14 +64,14 @@ def test_answers_stream_and_the_conversation_goes_on(folder):
     assert len(talk.conversation.messages) == 2  # another model knows nothing of it
 
 
-def test_what_cannot_be_read_is_said_and_the_question_goes_back(folder):
+def test_notice_of_what_cannot_be_read_and_the_question_goes_back(folder):
     with pytest.warns(UserWarning, match=r"^This file cannot be read: broken.png \(the file is not an image in a known format"):
         talk, updates = steps(folder, "What?", ["red.png", "broken.png"])
     history, box, _ = updates[-1]
     assert history == []
     assert box["value"] == {"text": "What?", "files": [str(folder / "red.png")]}  # the broken one does not stay
     talk, updates = steps(folder, "Hello", talk=talk)
-    assert len(updates[-1][0]) == 2  # and no picture is left over
+    assert len(updates[-1][0]) == 2  # and no image is left over
 
 
 def test_notices_are_in_the_language_of_the_browser(folder):
@@ -97,6 +100,20 @@ def test_while_it_answers_the_box_keeps_what_is_typed(folder):
     assert talk.message["text"] == "one"
     _, box = web_demo.take({"text": "  ", "files": []}, None)
     assert "value" not in box
+
+
+def test_examples_ask_for_places_that_are_not_empty(tmp_path):
+    examples = web_demo.draw_examples(tmp_path)
+    asked = [
+        (example, place)
+        for example in examples
+        for place, names in enumerate(PLACES)
+        if any(name in example["text"] for name in names)
+    ]
+    assert len(asked) == 2
+    for example, place in asked:
+        left, top = place % 2 * 32, place // 2 * 32
+        assert len(Image.open(example["files"][0]).crop((left, top, left + 32, top + 32)).getcolors()) > 1, example["text"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 //     npm run build                               with the model kept in model/
 //     npm run build -- --model runs/model-onnx    with another, which convert/to_onnx.py wrote; --output names another folder
 
-import { cp, mkdir, rename, rm, stat } from "node:fs/promises";
+import { cp, mkdir, readdir, rename, rm, stat } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -25,7 +25,14 @@ const options = {
   model: { type: "string", default: join(here, "model") },
   output: { type: "string", default: join(here, "dist") },
 };
-const { values } = parseArgs({ options });
+const readOptions = () => {
+  try {
+    return parseArgs({ options }).values;
+  } catch (error) {
+    return fail(error.message);
+  }
+};
+const values = readOptions();
 // npm runs this in its own folder, and INIT_CWD is where the user is
 const [model, output] = [values.model, values.output].map((path) => resolve(process.env.INIT_CWD ?? ".", path));
 if (!(await exists(join(model, "onnx")))) {
@@ -33,6 +40,11 @@ if (!(await exists(join(model, "onnx")))) {
 }
 if (!(await exists(join(here, "node_modules")))) {
   fail("the JavaScript library is missing: npm ci --prefix examples/browser");
+}
+// What an earlier build wrote is replaced, and nothing else
+const there = await readdir(output).catch((error) => (error.code === "ENOENT" ? [] : [output]));
+if (there.length && !(await exists(join(output, "lib", "transformers.min.js")))) {
+  fail(`--output ${output}: something else is there: choose another folder`);
 }
 
 const unfinished = `${output}.unfinished`;

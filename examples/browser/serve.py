@@ -84,8 +84,9 @@ def main() -> None:
         parser.exit(2, f"serve.py: error: the JavaScript library is missing: npm ci --prefix {os.path.relpath(HERE)}\n")
     try:
         server = Server((arguments.host, arguments.port), partial(Handler, model=arguments.model))
-    except OSError as error:
-        parser.exit(2, f"serve.py: error: cannot listen at {arguments.host}:{arguments.port}: {error.strerror}\n")
+    except (OSError, OverflowError) as error:  # the latter for a port that cannot be
+        reason = getattr(error, "strerror", error)
+        parser.exit(2, f"serve.py: error: cannot listen at {arguments.host}:{arguments.port}: {reason}\n")
     with server:
         print(f"Open http://{arguments.host}:{server.server_port}/", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -5,8 +5,7 @@ Sizes come from the embedding and from layer 0; the audit finds the tensors that
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -42,7 +41,7 @@ _NATIVE_FIELDS = (
     *("max_position_embeddings", "tie_word_embeddings", "rope_theta", "rope_scaling", "inference_rope_scaling"),
 )
 _OPTIONS = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings")
-_FIRST_NAMES = {
+FIRST_NAMES = {
     "hidden_size": "dim",
     "intermediate_size": "hidden_dim",
     "num_hidden_layers": "n_layers",
@@ -54,23 +53,17 @@ _FIRST_NAMES = {
 }
 
 
-@dataclass
-class Architecture:
-    """A native model.
-
-    Args:
-        generation: how its tensors are named.
-        config: ours. Of the whole model, or of the language model where no encoder was given.
-        has_projector: False for language-model weights.
-        heads_are_assumed: nothing tells the number of heads, so it is that of the releases.
-        rows: the fields of the configuration, their values, and where these are from, for the table that the user reads.
-    """
+class Architecture(NamedTuple):
+    """A native model."""
 
     generation: Generation
     config: MiniMindVConfig | MiniMindVTextConfig
+    """Ours. Of the whole model, or of the language model where no encoder was given."""
     has_projector: bool
     heads_are_assumed: bool
+    """Nothing tells the number of heads, so it is that of the releases."""
     rows: list[tuple[str, object, str]]
+    """Field, value, and where that is from, for the table that the user reads."""
 
 
 def detect(
@@ -80,7 +73,7 @@ def detect(
     vision_config: PreTrainedConfig | None = None,
     image_token_id: int | None = None,
 ) -> Architecture:
-    """Read the architecture.
+    """Read the architecture. Raises ConversionError where what is given contradicts itself, or no such model can be.
 
     Args:
         shapes: of all tensors, by native name.
@@ -88,49 +81,45 @@ def detect(
         options: what the user tells of the language model, by the fields of our configuration and `inference_rope_scaling`;
             `vocab_size` is the tokenizer's.
         vision_config, image_token_id: of the encoder and of the tokenizer; None for a language model alone.
-
-    Raises:
-        ConversionError: the tensors, the options and the configurations contradict each other, or no such model can be.
     """
     generation = detect_generation(shapes)
-    native = {name: native_config.get(name, native_config.get(_FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
-    told = [("config.json", name, value) for name, value in native.items() if value is not None]
-    told += [(_flag(name), name, value) for name, value in options.items()]
-    published = _PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]
-    values = published | {name: value for _, name, value in told}
-    sizes = _sizes(shapes, generation, values["num_attention_heads"])
-    for source, name, value in told:
+    native = {name: native_config.get(name, native_config.get(FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
+    told = {name: (value, "config.json") for name, value in native.items() if value is not None}
+    told |= {name: (value, _flag(name)) for name, value in options.items()}
+    sizes = _sizes(shapes, generation, told.get("num_attention_heads", (DEFAULT_HEADS,))[0])
+    for name, (value, source) in told.items():
         if name in sizes and sizes[name] != value:
             raise ConversionError(f"{source} says {name}={value}, but the weights have {sizes[name]}")
-    values = sizes | values | sizes  # in this order for the table
+    # Field: (value, where it is from)
+    known: dict[str, tuple[Any, str]] = {name: (value, "weights") for name, value in sizes.items()}
+    for name, value in (_PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]).items():
+        hint = f"; else pass {_flag(name)}" if name in _OPTIONS else ""
+        known.setdefault(name, told.get(name, (value, f"published default{hint}")))
+    known |= {name: entry for name, entry in told.items() if name not in known}
     if not sizes["num_experts"]:
         if "num_experts_per_tok" in options:
             raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")
-        values = {name: value for name, value in values.items() if name not in _PUBLISHED_OF_EXPERTS}
-    origin = {name: source for source, name, _ in told} | dict.fromkeys(sizes, "weights")
-    rope = _rope(generation, origin.get("inference_rope_scaling"), values)
-
+        known = {name: entry for name, entry in known.items() if name not in _PUBLISHED_OF_EXPERTS}
+    heads_are_assumed = known["num_attention_heads"][1].startswith("published")
+    rope, source = _rope(generation, known)
     rows: list[tuple[str, object, str]] = [("release", RELEASES[generation], "weights")]
-    for name, value in values.items():
-        option = f"; else pass {_flag(name)}" if name in _OPTIONS else ""
-        rows.append((name, value, origin.get(name, f"published default{option}")))
-    source = origin.get("inference_rope_scaling", "published default; for YaRN pass --inference-rope-scaling")
+    rows += [(name, *entry) for name, entry in known.items()]
     rows.append(("rope_parameters", f"{rope['rope_type']}, base {rope['rope_theta']}", source))
     has_projector = any(name.startswith("vision_proj.") for name in shapes)
     with explained("MiniMind cannot be so"):
+        values = {name: value for name, (value, _) in known.items()}
         config: MiniMindVConfig | MiniMindVTextConfig = MiniMindVTextConfig(**values, rope_parameters=rope)
         if vision_config is not None:
             projector = _projector(shapes, generation, vision_config.hidden_size)
             parts = {"text_config": config, "vision_config": vision_config, "image_token_id": image_token_id}
             config = MiniMindVConfig(**parts, **projector)
-            rows += [
-                (name, value, "weights" if has_projector else "new: the file has none") for name, value in projector.items()
-            ]
+            source = "weights" if has_projector else "new: the file has none"
+            rows += [(name, value, source) for name, value in projector.items()]
             rows.append(("vision_config", f"{vision_config.model_type}, {vision_config.image_size} px", "--vision-tower"))
             rows.append(("image_seq_length", config.image_seq_length, "--vision-tower"))
             rows.append(("image_token_id", image_token_id, "--tokenizer"))
     config.native_generation = generation  # for the way back
-    return Architecture(generation, config, has_projector, "num_attention_heads" not in origin, rows)
+    return Architecture(generation, config, has_projector, heads_are_assumed, rows)
 
 
 def detect_generation(names: Iterable[str]) -> Generation:
@@ -197,20 +186,25 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], generation: Generation, heads:
     }
 
 
-def _rope(generation: Generation, wanted_by: str | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Takes RoPE's settings out of `values`. Native MiniMind-V applies YaRN only beyond the length of its training."""
-    wanted, scaling = values.pop("inference_rope_scaling", False), values.pop("rope_scaling", {})
-    theta = {"rope_theta": values.pop("rope_theta", MiniMindVTextConfig.default_theta)}
-    longest = values["max_position_embeddings"]
+def _rope(generation: Generation, known: dict[str, tuple[Any, str]]) -> tuple[dict[str, Any], str]:
+    """Takes RoPE's settings out of `known`, and says where they are from.
+
+    Native MiniMind-V applies YaRN only beyond the length of its training.
+    """
+    by_default = (False, "published default; for YaRN pass --inference-rope-scaling")
+    wanted, source = known.pop("inference_rope_scaling", by_default)
+    scaling, _ = known.pop("rope_scaling", ({}, ""))
+    theta, _ = known.pop("rope_theta", (MiniMindVTextConfig.default_theta, ""))
     scaling = _YARN | {name: value for name, value in scaling.items() if name in _YARN}
+    longest, trained = known["max_position_embeddings"][0], scaling["original_max_position_embeddings"]
     if wanted and generation == "minimind2-2025-02":
-        raise ConversionError(f"{wanted_by}: the first MiniMind2-V has no YaRN")
-    if wanted and longest > scaling["original_max_position_embeddings"]:
-        return {"rope_type": "yarn", **theta, **scaling}
-    if wanted and wanted_by != "config.json":
-        beyond = f"native MiniMind-V applies it beyond {scaling['original_max_position_embeddings']}"
-        raise ConversionError(f"{wanted_by} has no effect with max_position_embeddings={longest}: {beyond}")
-    return {"rope_type": "default", **theta}
+        raise ConversionError(f"{source}: the first MiniMind2-V has no YaRN")
+    if wanted and longest > trained:
+        return {"rope_type": "yarn", "rope_theta": theta, **scaling}, source
+    if wanted and source != "config.json":
+        reason = f"native MiniMind-V applies it beyond {trained}"
+        raise ConversionError(f"{source} has no effect with max_position_embeddings={longest}: {reason}")
+    return {"rope_type": "default", "rope_theta": theta}, source
 
 
 def _projector(shapes: Mapping[str, tuple[int, ...]], generation: Generation, width: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The audit of a conversion: every native tensor is used or ignored for a reason, and nothing that a model needs is missing."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,35 +22,24 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Audit:
-    """What became of each tensor of a native file.
-
-    Args:
-        used: native names of the tensors that the model is made of.
-        ignored: the others that are known, by the reason.
-        problems: (name, what was found, what was expected). Any of them stops the conversion.
-        not_finite: (name, how many values of how many are NaN or infinite). Reported, but converted as they are.
-    """
+    """What became of each tensor of a native file, by native name."""
 
     used: list[str] = field(default_factory=list)
     ignored: dict[str, list[str]] = field(default_factory=dict)
+    """By the reason."""
     problems: list[tuple[str, str, str]] = field(default_factory=list)
-    not_finite: list[tuple[str, str]] = field(default_factory=list)
+    """Name, what was found, what was expected. Any of them stops the conversion."""
 
     def raise_if_spoiled(self, path: object) -> None:
-        """Stop where a tensor is unknown, missing or of another kind.
-
-        Raises:
-            ConversionError: there are problems; the message has the first ones, how many more, and what to do.
-        """
+        """Raise ConversionError where there are problems, with the first ones, how many more, and what to do."""
         if not self.problems:
             return
         first = "; ".join(f"{name}: {found}, expected {expected}" for name, found, expected in self.problems[:2])
         more = f"; and {len(self.problems) - 2} more" if len(self.problems) > 2 else ""
-        name, found, expected = self.problems[0]
         advice = ""
         if any("lora" in name.lower() for name, *_ in self.problems):
             advice = ". Merge the LoRA weights into the full weights first"
-        elif name.startswith("vision_proj.") and found.split(", ")[-1] != expected.split(", ")[-1]:
+        elif re.match(r"vision_proj\.\S+: \(\d+, (\d+)\), expected \(\d+, (?!\1\))", first):
             advice = ". Check --vision-tower: the projector was trained with an encoder of another width"
         raise ConversionError(f"{path} does not hold the model above: {first}{more}{advice}")
 
@@ -60,9 +50,8 @@ def audit_tensors(
     """Account for every tensor of a native file.
 
     Args:
-        tensors: of the file.
-        table: of the tensors to be converted.
-        parameters: of our model, by name; on the meta device, since only their shapes are wanted.
+        tensors, table: of the file, and of what is to be converted.
+        parameters: of our model, by name, for their shapes.
         tied: whether the model shares its input and output embeddings, of which native files hold both.
     """
     audit = Audit()
@@ -75,14 +64,12 @@ def audit_tensors(
             audit.problems.append((name, str(shape), str(expected.get(name, "no such tensor"))))
         elif tensor.dtype not in _DTYPES:
             audit.problems.append((name, str(tensor.dtype).removeprefix("torch."), "float32, float16 or bfloat16"))
+        elif count := tensor.numel() - int(tensor.isfinite().sum()):
+            audit.problems.append((name, f"{count:,} of {tensor.numel():,} values NaN or infinite", "finite ones"))
         else:
             audit.used.append(name)
-            count = tensor.numel() - int(tensor.isfinite().sum())
-            if count:
-                audit.not_finite.append((name, f"{count:,} of {tensor.numel():,} values"))
     audit.problems += [(name, "missing", str(shape)) for name, shape in expected.items() if name not in tensors]
     embedding, head = (next(row.native[0] for row in table if name in row.ours) for name in ("embed_tokens", "lm_head"))
-    is_used = tied and {embedding, head} <= set(audit.used)
-    if is_used and not torch.equal(tensors[embedding].nan_to_num(), tensors[head].nan_to_num()):
+    if tied and {embedding, head} <= set(audit.used) and not torch.equal(tensors[embedding], tensors[head]):
         audit.problems.append((head, "other values", f"those of {embedding}, with which it is shared"))
     return audit

@@ -15,7 +15,7 @@ from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..files import make_readable
 from ..modeling_minimind import MiniMindForCausalLM
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from .report import ConversionError, explained
+from .report import ConversionError, explained, shorten
 
 
 _MODEL_FILES = (
@@ -37,20 +37,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return model_class(config)
 
 
-def read_model_folder(
-    folder: Path, with_encoder: bool = True
-) -> tuple[MiniMindVConfig | MiniMindVTextConfig, dict[str, torch.Tensor]]:
-    """The configuration and the tensors of a model of this package, in the dtypes in which they are stored.
+def read_model_folder(folder: Path, with_encoder: bool = True) -> PreTrainedModel:
+    """A model of this package, in the dtypes in which its tensors are stored.
 
-    Args:
-        folder: written by `save_pretrained`.
-        with_encoder: False leaves the image encoder out; it may be missing then, as in a training checkpoint.
-
-    Returns:
-        The configuration, and the tensors by our names; of tied embeddings, both.
-
-    Raises:
-        ConversionError: it is another model's, or a tensor is unknown, missing, misshapen or damaged.
+    Without its encoder where that is not wanted; it may be missing then, as in a training checkpoint. Raises ConversionError
+    where the folder is another model's, or a tensor is unknown, missing, misshapen, NaN or damaged.
     """
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} is no model folder: it has no config.json")
@@ -60,13 +51,12 @@ def read_model_folder(
     decoder = config.get_text_config()
     if not isinstance(decoder, MiniMindVTextConfig):
         raise ConversionError(f"{folder} holds a MiniMind-V with the decoder {decoder.model_type!r}, expected MiniMind's")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ConversionError(f"{folder} holds no weights: there is no model.safetensors")
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted(folder.glob("model*.safetensors")):
         with explained(f"{file} is truncated or damaged"):
             tensors |= load_file(file)
+    if not tensors:
+        raise ConversionError(f"{folder} holds no weights: there is no model.safetensors")
     model = empty_model(config)
     if not with_encoder and isinstance(config, MiniMindVConfig):
         model.model.vision_tower = None
@@ -78,15 +68,15 @@ def read_model_folder(
     except RuntimeError as error:
         problems = " ".join(str(error).split())
         raise ConversionError(f"{folder} does not hold the model of its config.json: {problems[:500]}") from None
-    return config, model.state_dict()
+    not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise ConversionError(f"{folder} has NaN or infinite values in {shorten(not_finite)}: convert another checkpoint")
+    model.tie_weights()
+    return model
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse an output that would destroy something, before any work is done.
-
-    Raises:
-        ConversionError: it is a file, holds one of the inputs, or something that `overwrite` does not replace.
-    """
+    """Raise ConversionError for an output that would destroy something: an input, a file, or another folder than a model's."""
     resolved = output.resolve()
     for path in inputs:
         if path.exists() and resolved in (path.resolve(), *path.resolve().parents):

@@ -1,5 +1,6 @@
 """Native MiniMind-V weights to a complete Hub folder, with every tensor accounted for."""
 
+import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..chat import refuse_other_weights
 from ..configuration_minimind_v import MiniMindVConfig
 from ..model_card import model_card, parameter_counts, table
 from ..preparation import prepare_tokenizer
@@ -35,8 +37,6 @@ def convert(
     tokenizer: str,
     output: str | Path,
     *,
-    name: str | None = None,
-    dtype: torch.dtype | None = None,
     num_attention_heads: int | None = None,
     num_experts_per_tok: int | None = None,
     inference_rope_scaling: bool = False,
@@ -46,14 +46,11 @@ def convert(
     """Convert native weights, print what was found, and try the written folder in a fresh process.
 
     Args:
-        weights: a `.pth` file of any release, dense or mixture of experts, a resume checkpoint, or a native folder with
-            pytorch_model.bin and config.json.
+        weights: a `.pth` file, a resume checkpoint, or a native folder with pytorch_model.bin and config.json.
         vision_tower: folder or Hub id of the image encoder; of CLIP or SigLIP, the vision half is taken. None makes a
             language model of a language model's weights.
         tokenizer: folder or Hub id of the tokenizer that the model was trained with.
         output: the folder to write.
-        name: of the model in its card; by default the folder's.
-        dtype: of all weights; by default as they are in their files.
         num_attention_heads: query heads, which MiniMind2 files do not tell; 8 by default, with a warning.
         num_experts_per_tok: 2 by default, for minimind-3 1.
         inference_rope_scaling: longer contexts with YaRN, as the native option of this name.
@@ -105,19 +102,17 @@ def convert(
     audit.raise_if_spoiled(weights)
 
     # ── The model ──
-    language_dtype = dtype or reduce(torch.promote_types, {native.tensors[name].dtype for name in audit.used})
+    language_dtype = reduce(torch.promote_types, {native.tensors[name].dtype for name in audit.used})
     state_dict = {name: tensor.to(language_dtype) for name, tensor in from_native(native.tensors, rows).items()}
-    processor, warnings = native_tokenizer, []
+    processor, notes = native_tokenizer, []
     if vision_tower:
         with explained(f"--vision-tower {vision_tower}: its preprocessing cannot be used"):
             processor = MiniMindVProcessor.build(image_processor, image_tokenizer, config)
         tower = load_vision_tower(vision_tower, config.vision_config)
         compare_encoders(tower, native.tensors)
-        state_dict |= {f"model.vision_tower.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tower.items()}
+        state_dict |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()}
         if not architecture.has_projector:
-            warnings.append(
-                "The projector is freshly initialised: these weights are a language model's. Train it on images first."
-            )
+            notes = ["The projector is freshly initialised: these weights are a language model's. Train it on images first."]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 projector = type(model.model.multi_modal_projector)(config).apply(model._init_weights).to(language_dtype)
@@ -129,21 +124,18 @@ def convert(
     print_table("Parameters", [(part, f"{count / 1e6:.1f}M") for part, count in parameter_counts(model).items()])
 
     # ── The folder ──
-    if audit.not_finite:
-        where = shorten([f"{name} ({count})" for name, count in audit.not_finite])
-        warnings.append(f"NaN or infinite weights in {where}: they were converted as they are, and this model will not work.")
     with new_folder(output) as staging:
         model.save_pretrained(staging)
         model.config.dtype = language_dtype  # transformers writes that of the first tensor, which is the encoder's
         model.config.save_pretrained(staging)
         processor.save_pretrained(staging)
-        card = converted_card(name or output.resolve().name, weights.name, model, architecture, audit, warnings)
+        card = converted_card(output.resolve().name, weights.name, model, architecture, audit, notes)
         (staging / "README.md").write_text(card, encoding="utf-8")
         difference = verify(model, staging, remote_code=True)
     print(f"\nA fresh process without this package loads the folder; its logits differ by {difference:.1e} at most.")
     print(f"Written to {output}", flush=True)
-    for warning in warnings:
-        warn(warning)
+    for note in notes:
+        warn(note)
 
 
 # ── The encoder ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +147,8 @@ def load_preprocessing(source: str) -> tuple[PreTrainedConfig, BaseImageProcesso
     vision_config = load_config(source, what)
     with explained(f"{what}: no encoder for MiniMind-V"):
         vision_config = MiniMindVConfig(vision_config=vision_config).vision_config
-    with explained(f"{what}: its preprocessing cannot be read"):
+    advice = "take preprocessor_config.json from where the encoder was published"
+    with explained(f"{what}: its preprocessing cannot be read, {advice}"):
         image_processor = AutoImageProcessor.from_pretrained(source)
         size = vision_config.image_size
         pixels = image_processor(torch.zeros(3, size, 2 * size, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
@@ -169,36 +162,22 @@ def load_vision_tower(source: str, vision_config: PreTrainedConfig) -> dict[str,
     """The encoder's weights, and nothing of a text half. Raises ConversionError where one is missing or of another kind."""
     with explained(f"--vision-tower {source}: its weights cannot be loaded"):
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": "auto", "trust_remote_code": False}
-        tower, info = AutoModel.from_pretrained(source, config=vision_config, **options)
-    state_dict = tower.state_dict()
-    other_half = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-    problems = {
-        "missing": info["missing_keys"],
-        "misshapen": [item[0] for item in info["mismatched_keys"]],
-        "unknown": [n for n in info["unexpected_keys"] if not n.startswith(other_half) and "position_ids" not in n],
-        "NaN or infinite": [name for name, tensor in state_dict.items() if not tensor.isfinite().all()],
-    }
-    for problem, names in problems.items():
-        if names:
-            raise ConversionError(f"--vision-tower {source}: {len(names)} {problem} tensors: {shorten(sorted(names))}")
-    return state_dict
+        tower, loading = AutoModel.from_pretrained(source, config=vision_config, **options)
+        no_part = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b|.*position_ids")
+        loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if not no_part.match(name)]
+        refuse_other_weights(source, tower, loading)
+    return tower.state_dict()
 
 
 def compare_encoders(tower: Mapping[str, torch.Tensor], native: Mapping[str, torch.Tensor]) -> None:
-    """Make sure that the encoder inside a resume checkpoint is the one that was given. Raises ConversionError if not."""
-    names = {
-        name: key for key in tower for name in (f"{ENCODER_PREFIX}vision_model.{key}", ENCODER_PREFIX + key) if name in native
-    }
-    different = []
-    for name, key in names.items():
-        a, b = native[name], tower[key]
-        if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):  # either may have been rounded
-            different.append(name)
+    """Raise ConversionError where the encoder inside a resume checkpoint is another than the one that was given."""
+    inside = {name.removeprefix(ENCODER_PREFIX).removeprefix("vision_model."): tensor for name, tensor in native.items()}
+    pairs = [(name, inside[name], tensor) for name, tensor in tower.items() if name in inside]
+    # Either may have been rounded
+    different = [name for name, a, b in pairs if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))]
     if different:
-        count = f"{len(different)} of {len(names)} tensors ({shorten(different)})"
-        raise ConversionError(
-            f"the encoder inside the weights differs from --vision-tower in {count}: pass the one of the training"
-        )
+        count = f"{len(different)} of {len(pairs)} tensors ({shorten(different)})"
+        raise ConversionError(f"--vision-tower differs from the encoder in --weights in {count}: pass that of the training")
 
 
 # ── What the user reads ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,19 +208,17 @@ def report_audit(audit: Audit, other_entries: list[str]) -> None:
     rows += [("ignored", len(names), f"{reason}: {shorten(names)}") for reason, names in audit.ignored.items()]
     if other_entries:
         rows.append(("left out", len(other_entries), f"the state of the training: {', '.join(other_entries)}"))
-    rows += [("not finite", count, name) for name, count in audit.not_finite]
     print_table("Tensors of the file", rows)
     if audit.problems:
         print_table("Problems: tensor, found, expected", audit.problems)
 
 
 def converted_card(
-    name: str, source: str, model: PreTrainedModel, architecture: Architecture, audit: Audit, warnings: list[str]
+    name: str, source: str, model: PreTrainedModel, architecture: Architecture, audit: Audit, notes: list[str]
 ) -> str:
     """The README.md of a converted folder."""
-    has_vision = isinstance(model.config, MiniMindVConfig)
-    kind, origin = ("vision-language model", "MiniMind-V") if has_vision else ("language model", "MiniMind")
-    summary = f"A tiny {kind}, converted from the native {origin} weights `{source}` for transformers."
+    kind = "MiniMind-V" if isinstance(model.config, MiniMindVConfig) else "MiniMind"
+    summary = "\n\n".join([f"A {kind} for transformers, converted from the native weights `{source}`.", *notes])
     ignored = "".join(f"\n* {len(names)} ignored: {reason}" for reason, names in audit.ignored.items())
     conversion = (
         f"From {RELEASES[architecture.generation]} weights, language model in {model.lm_head.weight.dtype}.\n"
@@ -249,5 +226,4 @@ def converted_card(
         "After writing, the folder was loaded in a fresh process; its logits were those of the converted model."
     )
     sections = {"Architecture": table(architecture.rows, ("", "", "known from")), "Conversion": conversion}
-    summary = "\n\n".join([summary, *(f"**{warning}**" for warning in warnings)])
     return model_card(name, model, summary, sections, license="apache-2.0", language=["zh", "en"])

@@ -24,7 +24,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 _QUANT_BLOCK = 32  # consecutive weights of a row, which share a scale
-_LARGEST_HALF = 2.0**15  # the largest power of two of half precision, in which some back ends multiply
+_LARGEST_HALF = 2.0**15  # the largest power of two of half precision, in which a back end may multiply
 _ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 _USE_GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}  # by the encoder's hidden_act
 
@@ -180,7 +180,7 @@ def _add_rope(writer: gguf.GGUFWriter, head_dim: int, rope: Mapping[str, Any]) -
 
 
 def _decoder_tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, torch.Tensor]]:
-    """As the graph wants them: the two of a RoPE pair side by side for some, and a tensor of its own for each matrix."""
+    """As the graph wants them: in `llama` and `bailingmoe` the two of a RoPE pair side by side; each matrix a tensor."""
     text = model.config.get_text_config()
     is_interleaved = architecture in (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.BAILINGMOE)
     takes_tied_head = architecture != gguf.MODEL_ARCH.BAILINGMOE
@@ -206,10 +206,10 @@ def _decoder_tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> I
 
 
 def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name of the way in which a tokenizer splits text before it merges bytes.
+    """llama.cpp's name for how a tokenizer splits text before it merges bytes.
 
     Raises:
-        ConversionError: there is none that splits in this way.
+        ConversionError: none of llama.cpp's splits like it.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     pre = state["pre_tokenizer"] or {}

@@ -178,7 +178,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def compare(text: Questions, images: Questions | None, decoder: Path, mmproj: Path | None) -> list[Agreement]:
-    """How llama.cpp agrees with the model, after text and, where there are some, after images.
+    """How llama.cpp agrees with the model, after text and, unless `images` is None, after images.
 
     Raises:
         ConversionError: it does not run these files.

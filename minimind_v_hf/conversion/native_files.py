@@ -3,27 +3,17 @@
 import json
 import re
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .report import ConversionError, explained
 
 
-@dataclass
-class NativeWeights:
-    """What a native file holds.
+class NativeWeights(NamedTuple):
+    """What a native file holds: tensors on the CPU, a folder's config.json, and what else a resume checkpoint has, by name."""
 
-    Args:
-        path: the file or folder.
-        tensors: the state dict, by native names, on the CPU.
-        config: config.json of a native folder; empty for a file.
-        other_entries: what a resume checkpoint holds besides the weights, by name.
-    """
-
-    path: Path
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
     other_entries: list[str]
@@ -32,8 +22,7 @@ class NativeWeights:
 def read_native_weights(path: Path) -> NativeWeights:
     """Read a `.pth` file, a resume checkpoint, or a folder with pytorch_model.bin and config.json.
 
-    Raises:
-        ConversionError: there is no such file, it is damaged or of another kind, or it wants to execute code.
+    Raises ConversionError where there is none, it is damaged or of another kind, or wants to execute code.
     """
     config, file = {}, path
     if path.is_dir():
@@ -49,7 +38,7 @@ def read_native_weights(path: Path) -> NativeWeights:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ConversionError(f"{file} is no state dict: its entry {name!r} is a {type(tensor).__name__}, not a tensor")
-    return NativeWeights(path, content, config, other_entries)
+    return NativeWeights(content, config, other_entries)
 
 
 def _read_native_config(folder: Path) -> dict[str, Any]:
@@ -60,9 +49,7 @@ def _read_native_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
     if model_type not in ("minimind", "minimind-v"):
-        raise ConversionError(
-            f"{folder} is no native folder: its config.json has model_type {model_type!r}, not 'minimind' or 'minimind-v'"
-        )
+        raise ConversionError(f"{file} has model_type {model_type!r}, where 'minimind' or 'minimind-v' was expected")
     return config
 
 
@@ -76,9 +63,8 @@ def _load(file: Path) -> Any:
     try:
         if head.startswith(b"PK"):
             with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch itself does not check the checksums
-            if damaged:
-                raise zipfile.BadZipFile(damaged)
+                if damaged := archive.testzip():  # torch itself does not check the checksums
+                    raise zipfile.BadZipFile(damaged)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its readers raise
         called = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -1,10 +1,8 @@
-"""What the converters say: aligned tables on the standard output, and on the standard error warnings and why they stop."""
+"""What the converters say: aligned tables on the standard output, warnings on the standard error, and why they stop."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-
-from transformers.utils import logging
 
 
 class ConversionError(ValueError):
@@ -42,15 +40,3 @@ def shorten(names: Sequence[str], limit: int = 3) -> str:
 def warn(message: str) -> None:
     """What does not stop the conversion, but the user should know."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def run(convert: Callable[[], object]) -> int:
-    """Run a conversion. Returns the exit code: 2 where it cannot be done, after one line that says why."""
-    logging.set_verbosity_error()  # our reports say what transformers would, tensor by tensor
-    logging.disable_progress_bar()
-    try:
-        convert()
-    except (ConversionError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from ..model_card import model_card, table
 from ..processing_minimind_v import MiniMindVProcessor
 from . import llama_cpp
-from .folders import check_output, empty_model, new_folder, read_model_folder
+from .folders import check_output, new_folder, read_model_folder
 from .report import ConversionError, explained, print_table, warn
 
 
@@ -123,7 +123,7 @@ def convert(
     Args:
         model: folder of a MiniMind-V or MiniMind model of this package.
         output: the folder to write.
-        dtypes: some of `DTYPES`. The mmproj of a float32 decoder is in float32, that of all others in float16.
+        dtypes: one or more of `DTYPES`. The mmproj of a float32 decoder is in float32, that of all others in float16.
         class_token: "last" or "first", where llama.cpp puts CLIP's class token: see `_CLASS_TOKEN`.
         overwrite: replace a folder of a model that is there already.
 
@@ -170,7 +170,8 @@ def convert(
 def read(folder: Path) -> Source:
     """Read a model folder. Raises ConversionError where it is damaged, or llama.cpp cannot hold it."""
     gguf_files = writers()
-    config, tensors = read_model_folder(folder)
+    model = read_model_folder(folder)
+    config = model.config
     with explained(f"{folder}: its tokenizer, processor or generation_config.json cannot be read"):
         processor = MiniMindVProcessor.from_pretrained(folder) if hasattr(config, "vision_config") else None
         tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
@@ -178,9 +179,6 @@ def read(folder: Path) -> Source:
         generation = GenerationConfig.from_pretrained(folder) if saved.is_file() else GenerationConfig()
     gguf_files.check(config, tokenizer, processor and processor.image_processor)
     chat = find_chat(tokenizer, (processor or tokenizer).chat_template)
-    model = empty_model(config)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
     return Source(folder.resolve().name, model.float().eval(), tokenizer, processor, chat, generation)
 
 
@@ -213,7 +211,7 @@ def check_float32(agreements: Sequence[llama_cpp.Agreement], has_class_token: bo
     """Raise a ConversionError where llama.cpp's float32 is not the model's, so that its graph is another one.
 
     Args:
-        agreements: after text, and after images where there are some.
+        agreements: after text, and after images if the model has an encoder.
         has_class_token: whether a class token changes the images: see `_CLASS_TOKEN`.
     """
     for agreement, tolerance in zip(agreements, (TOLERANCE, None if has_class_token else IMAGE_TOLERANCE), strict=False):

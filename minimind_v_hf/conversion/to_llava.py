@@ -25,7 +25,7 @@ from transformers import (
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..processing_minimind_v import MiniMindVProcessor
-from .folders import check_output, empty_model, new_folder, read_model_folder
+from .folders import check_output, new_folder, read_model_folder
 from .report import ConversionError, explained, print_table
 from .verification import sample_inputs, verify
 
@@ -53,18 +53,17 @@ def convert(model: str | Path, output: str | Path, *, gelu: bool = False, overwr
     """
     folder, output = Path(model), Path(output)
     check_output(output, overwrite, [folder])
-    config, tensors = read_model_folder(folder)
+    ours = read_model_folder(folder)
+    config = ours.config
     is_llava = isinstance(config, MiniMindVConfig)
     stock_config = stock_llava_config(config) if is_llava else stock_text_config(config)
     has_one_layer = is_llava and config.projector_num_layers == 1
     if gelu and not has_one_layer:
         raise ConversionError("--gelu is for a projector of one layer, and this model has none")
     if gelu:  # which half precision would spoil: see gelu_shift
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        ours = ours.float()
         stock_config.projector_hidden_act, stock_config.multimodal_projector_bias = "gelu", True
-    ours = empty_model(config)
-    ours.load_state_dict(tensors, strict=True, assign=True)
-    ours.tie_weights()
+    tensors = ours.state_dict()
 
     with init_empty_weights(include_buffers=False):
         stock = LlavaForConditionalGeneration(stock_config) if is_llava else AutoModelForCausalLM.from_config(stock_config)
@@ -120,11 +119,7 @@ def gelu_shift(model: PreTrainedModel) -> float:
 
 
 def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
-    """The Llama, Qwen3 or Qwen3-MoE that is exactly a MiniMind decoder.
-
-    Raises:
-        ConversionError: none is.
-    """
+    """The Llama, Qwen3 or Qwen3-MoE that is exactly a MiniMind decoder. Raises ConversionError where none is."""
     fields = {name: getattr(text, name) for name in SHARED_FIELDS}
     config: PreTrainedConfig
     if not text.num_experts:
@@ -140,11 +135,7 @@ def stock_text_config(text: MiniMindVTextConfig) -> PreTrainedConfig:
 
 
 def stock_llava_config(config: MiniMindVConfig) -> LlavaConfig:
-    """The LLaVA that is exactly a MiniMind-V.
-
-    Raises:
-        ConversionError: LLaVA cannot hold this model.
-    """
+    """The LLaVA that is exactly a MiniMind-V. Raises ConversionError where LLaVA cannot hold it."""
     if config.projector_layer_norm:
         raise ConversionError("this projector begins with a LayerNorm (minimind-3v), and LLaVA's has none")
     if config.patches_per_token > 1:

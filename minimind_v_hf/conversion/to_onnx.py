@@ -30,7 +30,7 @@ from ..onnx_model import GRAPHS, MiniMindVOnnxModel, graph_file
 from ..preparation import build_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
 from ..shapes import all_scenes, draw, questions
-from .folders import check_output, empty_model, new_folder, read_model_folder
+from .folders import check_output, new_folder, read_model_folder
 from .report import ConversionError, explained, print_table, warn
 from .to_llava import SHARED_FIELDS
 
@@ -79,11 +79,9 @@ def convert(
     folder, output = Path(model), Path(output)
     check_output(output, overwrite, [folder])
     dtypes = [name for name in PRECISIONS if name in dtype]
-    config, tensors = read_model_folder(folder)
+    ours = read_model_folder(folder)
+    config = ours.config
     check_exportable(folder, config)
-    ours = empty_model(config)
-    ours.load_state_dict(tensors, strict=True, assign=True)
-    ours.tie_weights()
     ours = ours.float().eval().requires_grad_(False)
     processor, generation_config = read_processor(folder)
     if generation_config is not None:
