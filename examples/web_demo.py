@@ -295,16 +295,21 @@ def main() -> None:
             load_once(folder)
     texts = gr.I18n(**TEXTS)
     with tempfile.TemporaryDirectory() as examples:
-        build(arguments.model, draw_examples(Path(examples)), texts).launch(
-            server_name=arguments.host,
-            server_port=arguments.port,
-            allowed_paths=[examples],
-            i18n=texts,
-            css=CSS,
-            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            footer_links=[],
-            max_file_size="512mb",
-        )
+        page = build(arguments.model, draw_examples(Path(examples)), texts)
+        try:
+            page.launch(
+                server_name=arguments.host,
+                server_port=arguments.port,
+                allowed_paths=[examples],
+                i18n=texts,
+                css=CSS,
+                theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                footer_links=[],
+                max_file_size="512mb",
+            )
+        except (OSError, OverflowError):  # the latter for a port that cannot be
+            where = f"{arguments.host}:{arguments.port}"
+            parser.exit(2, f"web_demo.py: error: cannot listen at {where}: choose another --host or --port\n")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,18 @@ def test_while_it_answers_the_box_keeps_what_is_typed(folder):
     assert "value" not in box
 
 
+def test_a_port_that_is_taken(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, DEMO, "--model", folder / "talker", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert f"web_demo.py: error: cannot listen at 127.0.0.1:{port}: choose another --host or --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_examples_ask_for_places_that_are_not_empty(tmp_path):
     examples = web_demo.draw_examples(tmp_path)
     asked = [
