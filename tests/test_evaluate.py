@@ -30,10 +30,10 @@ def test_likelihoods_are_those_of_each_answer_read_alone(text_config):
     with torch.no_grad():
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
         scores = choice_scores(model, processor, inputs, choices)
-        for prompt, pictures, some, row in zip(prompts, images, choices, scores, strict=True):
-            assert len(some) == len(row)
-            alone = processor(text=prompt, images=pictures or None, return_tensors="pt")
-            for text, score in zip(some, row, strict=True):
+        for prompt, own_images, given, row in zip(prompts, images, choices, scores, strict=True):
+            assert len(given) == len(row)
+            alone = processor(text=prompt, images=own_images or None, return_tensors="pt")
+            for text, score in zip(given, row, strict=True):
                 ids = processor.tokenizer(text)["input_ids"] + [processor.tokenizer.eos_token_id]
                 whole = torch.cat((alone["input_ids"], torch.tensor([ids])), dim=1)
                 logits = model(whole, pixel_values=alone.get("pixel_values")).logits[0].log_softmax(-1)
@@ -81,10 +81,10 @@ def test_a_run_and_one_that_goes_on_after_an_interruption(data_set, monkeypatch,
     assert Path("whole_errors.png").read_bytes().startswith(b"\x89PNG")
 
     # As if the power had failed in the middle of the fourth line
-    pictures = [Path("images", row["image"]).resolve() for row in rows if "image" in row]
-    settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*pictures)}
+    files = [Path("images", row["image"]).resolve() for row in rows if "image" in row]
+    settings = {"model": fingerprint(Path("model")), "data": fingerprint(Path("data.jsonl")), "images": fingerprint(*files)}
     settings |= {"length": 4, "precision": "float32", "presence": "Is there a {} in the image?"}
-    # Some separators of lines may stand in a text
+    # Separators of lines other than a line feed may stand in a text
     first = json.dumps({**rows[0], "answer": "from\u2028before\x85"}, ensure_ascii=False) + "\n"
     Path("rest.jsonl.part").write_text(json.dumps(settings) + "\n" + first + "".join(lines[1:3]) + lines[3][:20])
     command = [sys.executable, str(EVALUATE), *options, "--output", "rest.jsonl"]
