@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime")
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVOnnxModel, MiniMindVProcessor, MiniMindVTextConfig
 from minimind_v_hf.chat import Conversation, answer_questions, encode_questions, load_model
-from minimind_v_hf.conversion import ConversionError, to_onnx
+from minimind_v_hf.conversion import ConversionError, onnx_graphs, to_onnx
 from minimind_v_hf.conversion.folders import check_output
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_graph_is_named(export, tmp_path):
 
 def test_graphs_that_answer_otherwise_are_not_written(tmp_path, monkeypatch):
     save(tmp_path / "model", make_model())
-    monkeypatch.setattr(to_onnx.EmbedTokens, "forward", lambda self, input_ids: -self.embed_tokens(input_ids))
+    monkeypatch.setattr(onnx_graphs.EmbedTokens, "forward", lambda self, input_ids: -self.embed_tokens(input_ids))
     with pytest.raises(ConversionError, match="the graphs answer otherwise than the model"):
         to_onnx.convert(tmp_path / "model", tmp_path / "onnx", dtype=["fp32"])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
