@@ -9,6 +9,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -251,4 +252,5 @@ if __name__ == "__main__":
     folder, engine, precision = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     result = MEASURES.get(engine, measure_generate)(folder, engine, precision, questions, int(sys.argv[4]))
+    result["memory"] = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # the most, in bytes
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

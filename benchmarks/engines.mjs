@@ -39,4 +39,5 @@ for (const { image, text } of JSON.parse(await readFile(questions, "utf-8"))) {
   const gaps = times.slice(1).map((time, index) => (time - times[index]) / 1000);
   answers.push([answer, (times[0] - start) / 1000, gaps]);
 }
-await writeFile(result, JSON.stringify({ answers }));
+const memory = 1024 * /VmHWM:\s*(\d+)/.exec(await readFile("/proc/self/status", "utf-8"))[1]; // the most, in bytes
+await writeFile(result, JSON.stringify({ answers, memory }));

@@ -12,9 +12,10 @@ of its own, in turns; the best time of all rounds counts, since what else the ma
     size, memory   of the weights on disk, and the most that the process held
     equal          the share of tokens that are those of transformers in float32, up to the first that differs
 
-The limits are what reading the weights, or the products of matrices, would take alone. What is not installed is named and left
-out: transformers.js wants `npm ci --prefix examples/browser`, in a browser also playwright and chromium, llama.cpp the extra
-`gguf`, vLLM an environment of its own (--vllm). Prints a table in Markdown, writes it as JSON, draws it. Needs no network.
+The limits are what reading the weights, as fast as PyTorch's product of a matrix and a vector reads, or what the products of
+matrices would take alone. What is not installed is named and left out: transformers.js wants `npm ci --prefix
+examples/browser`, in a browser also playwright and chromium, llama.cpp the extra `gguf`, vLLM an environment of its own
+(--vllm). Prints a table in Markdown, writes it as JSON, and draws it. Needs no network.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def only_dtype(folder: Path, dtype: str) -> None:
     (copy / "onnx").symlink_to(folder.resolve() / "onnx" / "onnx")
     path = copy / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["transformers.js_config"] = config.get("transformers.js_config", {}) | {"dtype": dtype}
+    config["transformers.js_config"] = {"dtype": dtype}  # in place of a choice for each device
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -175,7 +176,7 @@ def size_on_disk(folder: Path, contestant: Contestant) -> int:
 
 
 def run_once(contestant: Contestant, arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """The result of one process, with the most memory that it held in bytes; None where it failed."""
+    """The result of one process; None where it failed."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     if contestant.engine == "transformers.js in Node":
@@ -188,12 +189,11 @@ def run_once(contestant: Contestant, arguments: argparse.Namespace, folder: Path
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
     if status or not result.exists():
         print(f"{contestant.name} failed: see {folder / 'log.txt'}", file=sys.stderr)
         return None
-    return json.loads(result.read_text(encoding="utf-8")) | {"memory": usage.ru_maxrss * 1024}
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def equal_share(texts: list[str], reference: list[str], tokenizer) -> float:
