@@ -24,7 +24,7 @@ DEADLOCK = (
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(CRASH, "crashed while running"), (SLEEP, "Timeout (>2.0s)"), (DEADLOCK, "crashed while running")],
+    [(CRASH, "crashed while running"), (SLEEP, "Timeout (>6.0s)"), (DEADLOCK, "crashed while running")],
     ids=["crash", "sleep", "deadlock"],
 )
 def test_a_broken_test_ends_the_run_as_a_failure(tmp_path, code, message):
@@ -33,7 +33,7 @@ def test_a_broken_test_ends_the_run_as_a_failure(tmp_path, code, message):
         (tmp_path / f"test_{name}.py").write_text("def test_1():\n    pass\n\ndef test_2():\n    pass\n")
     # The settings of this project, but for the limits, which are short
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "setup.cfg", "--rootdir", tmp_path, tmp_path]
-    command += ["-p", "no:cacheprovider", "-o", "timeout=2", "-o", "faulthandler_timeout=3"]
+    command += ["-p", "no:cacheprovider", "-o", "timeout=6", "-o", "faulthandler_timeout=9"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stdout
     assert message in done.stdout
