@@ -16,7 +16,14 @@ from minimind_v_hf.conversion.command_line import MODEL, converter_parser, run
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert."""
     parser = converter_parser(__doc__, model=MODEL)
-    parser.add_argument("--dtype", nargs="+", dest="dtypes", choices=to_gguf.DTYPES, default=["f16"], help="(default: f16)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        dest="dtypes",
+        choices=to_gguf.DTYPES,
+        default=["f16"],
+        help="of the decoder; the Modelfile and the card's example take the first (default: f16)",
+    )
     parser.add_argument(
         "--class-token",
         choices=to_gguf.CLASS_TOKENS,
