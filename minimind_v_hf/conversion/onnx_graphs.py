@@ -262,7 +262,7 @@ def write_graphs(model: PreTrainedModel, folder: Path, dtypes: Sequence[str]) ->
 
 def export(graph: Graph) -> "onnx.ModelProto":
     """Trace a module."""
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         graph.module.eval(),
         kwargs=graph.samples,
         dynamo=True,
@@ -272,7 +272,6 @@ def export(graph: Graph) -> "onnx.ModelProto":
         opset_version=OPSET,
         verbose=False,
     )
-    assert program is not None  # which it is for dynamo=False
     proto = program.model_proto
     for each in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         each.ClearField("metadata_props")  # where in the sources it comes from, at more length than the graph itself
