@@ -22,8 +22,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     heads = "of queries; MiniMind2 files do not tell (default: 8, as published, with a warning)"
     add("--num-attention-heads", type=int, metavar="N", help=heads)
     add("--num-experts-per-tok", type=int, metavar="N", help="experts per token (default: 2, for minimind-3 1)")
-    add("--inference-rope-scaling", action="store_true", help="longer contexts with YaRN, as the native option of this name")
-    add("--max-position-embeddings", type=int, metavar="N", help="longest sequence in tokens (default: 32768)")
     run(from_native.convert, vars(parser.parse_args(argv)))
 
 

@@ -28,8 +28,6 @@ GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
 INDEX = json.loads((GOLDENS / "index.json").read_text())
 CONVERT = Path(__file__).parents[1] / "convert"
 VARIANTS = {variant: ["--num-attention-heads", "4"] for variant in INDEX}
-VARIANTS["g2-yarn"] += ["--inference-rope-scaling", "--max-position-embeddings", "4096"]
-VARIANTS["g3-yarn"] += ["--inference-rope-scaling", "--max-position-embeddings", "4096"]
 VARIANTS["g3-moe"] += ["--num-experts-per-tok", "2"]
 
 
@@ -46,6 +44,9 @@ def sources(tmp_path_factory, tensors) -> Path:
     for variant, entry in INDEX.items():
         (folder / variant).mkdir()
         torch.save(native_weights(tensors, variant), folder / variant / "sft_vlm_64.pth")
+        if variant.endswith("yarn"):
+            native_config = {"inference_rope_scaling": True, "max_position_embeddings": 4096}
+            native_folder(folder / variant / "native", native_weights(tensors, variant), native_config)
         (folder / variant / "config.json").write_text(json.dumps(entry["vision_config"]))
         encoder = {name: tensors[key].clone() for name, key in entry["vision_tower"].items()}
         save_file(encoder, folder / variant / "model.safetensors", metadata={"format": "pt"})
@@ -57,6 +58,13 @@ def native_weights(tensors, variant: str) -> dict[str, torch.Tensor]:
     return {name: tensors[key].clone() for name, key in INDEX[variant]["weights"].items()}
 
 
+def native_folder(folder: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
+    folder.mkdir()
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"model_type": "minimind-v", **config}))
+    return folder
+
+
 @pytest.fixture
 def no_fresh_process(monkeypatch):
     """Leave out the process that loads a written folder, which other tests go through."""
@@ -64,7 +72,7 @@ def no_fresh_process(monkeypatch):
 
 
 def arguments(sources: Path, output: Path, variant: str = "g2-dense", weights: Path | None = None, *extra: str) -> list[str]:
-    weights = weights or sources / variant / "sft_vlm_64.pth"
+    weights = weights or sources / variant / ("native" if variant.endswith("yarn") else "sft_vlm_64.pth")
     command = ["--weights", weights, "--vision-tower", sources / variant, "--tokenizer", sources / "tokenizer"]
     return [*map(str, command), "--output", str(output), *VARIANTS[variant], *extra]
 
@@ -193,19 +201,15 @@ def test_resume_checkpoint_with_the_encoder_inside(sources, tensors, tmp_path, n
 
     inside["vision_encoder.vision_model.post_layernorm.weight"] += 1
     torch.save({"model": native | inside, **training}, tmp_path / "resume.pth")
-    assert "--vision-tower differs from the encoder in --weights in 1 of" in refused(
-        capsys, from_native.main, [*command, "--overwrite"]
-    )
+    message = refused(capsys, from_native.main, [*command, "--overwrite"])
+    assert "--vision-tower differs from the encoder in --weights, in post_layernorm.weight" in message
 
 
 def test_native_folder_tells_what_a_file_cannot(sources, tensors, tmp_path, no_fresh_process, capsys):
-    folder = tmp_path / "native"
-    folder.mkdir()
-    torch.save(native_weights(tensors, "g2-moe"), folder / "pytorch_model.bin")
-    native_config = {"model_type": "minimind-v", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    native_config = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     native_config |= {"num_key_value_heads": 2, "num_experts_per_tok": 1, "max_position_embeddings": 4096}
     native_config |= {"inference_rope_scaling": True, "vocab_size": 320, "rms_norm_eps": 1e-4, "aux_loss_alpha": 0.1}
-    (folder / "config.json").write_text(json.dumps(native_config))
+    folder = native_folder(tmp_path / "native", native_weights(tensors, "g2-moe"), native_config)
     command = ["--weights", folder, "--vision-tower", sources / "g2-moe", "--tokenizer", sources / "tokenizer"]
     command = [*map(str, command), "--output", str(tmp_path / "model")]
     from_native.main(command)
@@ -214,7 +218,7 @@ def test_native_folder_tells_what_a_file_cannot(sources, tensors, tmp_path, no_f
     assert (text["rope_parameters"]["rope_type"], text["rope_parameters"]["factor"]) == ("yarn", 16)
     assert text["router_aux_loss_coef"] == 0.1
 
-    (folder / "config.json").write_text(json.dumps(native_config | {"hidden_size": 128}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "minimind-v", "hidden_size": 128}))
     assert "config.json says hidden_size=128, but the weights have 64" in refused(
         capsys, from_native.main, [*command, "--overwrite"]
     )
@@ -348,13 +352,13 @@ FILES = {
     "an old pickle that executes": "system, but weights need no code",
     "truncated": "truncated or damaged",
     "a damaged byte": "truncated or damaged",
-    "empty": "not a PyTorch checkpoint",
-    "text": "not a PyTorch checkpoint",
-    "another zip": "not a PyTorch checkpoint",
-    "safetensors": "is a safetensors file",
-    "a folder": "no config.json",
+    "empty": "no PyTorch checkpoint",
+    "text": "no PyTorch checkpoint",
+    "another zip": "no PyTorch checkpoint",
+    "safetensors": "but safetensors",
+    "a folder": "config.json",
     "a native folder without weights": "pytorch_model.bin",
-    "another model's folder": "model_type 'llama'",
+    "another model's folder": "model_type is 'llama'",
     "a list": "holds a list",
 }
 
@@ -378,10 +382,8 @@ def test_a_number_of_heads_that_nothing_tells_is_assumed_with_a_warning(sources,
     assert "is assumed" in warning("g1-dense")
     assert "is assumed" not in warning("g2-dense", "--num-attention-heads", "8")
     assert "is assumed" not in warning("g3-dense")  # q_norm tells how wide a head is
-    (tmp_path / "native").mkdir()
-    torch.save(native_weights(tensors, "g1-dense"), tmp_path / "native" / "pytorch_model.bin")
-    (tmp_path / "native" / "config.json").write_text('{"model_type": "minimind-v", "n_heads": 4}')
-    assert "is assumed" not in warning("g1-dense", weights=tmp_path / "native")
+    folder = native_folder(tmp_path / "native", native_weights(tensors, "g1-dense"), {"n_heads": 4})
+    assert "is assumed" not in warning("g1-dense", weights=folder)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["num_attention_heads"] == 4
 
 
@@ -397,9 +399,7 @@ def test_options_that_do_not_fit(sources, tmp_path, capsys):
     assert "no configuration can be loaded" in message(*good, "--vision-tower", str(tmp_path / "nothing"))
     assert "do not split into 7 heads" in message(*good, "--num-attention-heads", "7")
     assert "dense model" in message(*good, "--num-experts-per-tok", "2")
-    assert "no effect" in message(*good, "--inference-rope-scaling", "--max-position-embeddings", "2048")
     assert "weights have 4" in message(*arguments(sources, output, "g3-dense", None, "--num-attention-heads", "8"))
-    assert "has no YaRN" in message(*arguments(sources, output, "g1-dense", None, "--inference-rope-scaling"))
     assert "there is no file" in message(*good, "--weights", str(tmp_path / "nothing.pth"))
     without_tower = [*good[:2], *good[4:]]
     assert "pass --vision-tower" in message(*without_tower)
@@ -412,8 +412,8 @@ NATIVE_CONFIGS = {
     '{"model_type": "minimind-v", "num_attention_heads": 0}': "do not split into 0 heads",
     '{"model_type": "minimind-v", "n_layers": 1000000000}': "num_hidden_layers=1000000000, but the weights have 3",
     '{"model_type": "minimind-v", "hidden_act": "sin"}': "hidden_act",
-    '["minimind-v"]': "holds no configuration",
-    "[" * 100_000: "holds no configuration",
+    '["minimind-v"]': "is no native folder",
+    "[" * 100_000: "is no native folder",
 }
 
 

@@ -34,13 +34,12 @@ _PUBLISHED_OTHERWISE: dict[Generation, dict[str, Any]] = {
 }
 _YARN = {"factor": 16, "original_max_position_embeddings": 2048, "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
 
-# What is read of a native config.json; the first MiniMind2-V had other names
+# What is read of a native config.json, besides RoPE
 _NATIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("num_experts_per_tok", "norm_topk_prob", "seq_aux", "router_aux_loss_coef", "rms_norm_eps", "hidden_act"),
-    *("max_position_embeddings", "tie_word_embeddings", "rope_theta", "rope_scaling", "inference_rope_scaling"),
+    *("max_position_embeddings", "tie_word_embeddings"),
 )
-_OPTIONS = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings")
 FIRST_NAMES = {
     "hidden_size": "dim",
     "intermediate_size": "hidden_dim",
@@ -51,6 +50,7 @@ FIRST_NAMES = {
     "max_position_embeddings": "max_seq_len",
     "router_aux_loss_coef": "aux_loss_alpha",
 }
+"""Fields of our configuration, and what the first MiniMind2-V calls them."""
 
 
 class Architecture(NamedTuple):
@@ -78,32 +78,30 @@ def detect(
     Args:
         shapes: of all tensors, by native name.
         native_config: config.json of a native folder, or an empty dict.
-        options: what the user tells of the language model, by the fields of our configuration and `inference_rope_scaling`;
-            `vocab_size` is the tokenizer's.
+        options: what the user tells of the language model, by the fields of our configuration; `vocab_size` is the
+            tokenizer's.
         vision_config, image_token_id: of the encoder and of the tokenizer; None for a language model alone.
     """
     generation = detect_generation(shapes)
-    native = {name: native_config.get(name, native_config.get(FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
-    told = {name: (value, "config.json") for name, value in native.items() if value is not None}
-    told |= {name: (value, _flag(name)) for name, value in options.items()}
-    sizes = _sizes(shapes, generation, told.get("num_attention_heads", (DEFAULT_HEADS,))[0])
-    for name, (value, source) in told.items():
-        if name in sizes and sizes[name] != value:
-            raise ConversionError(f"{source} says {name}={value}, but the weights have {sizes[name]}")
     # Field: (value, where it is from)
-    known: dict[str, tuple[Any, str]] = {name: (value, "weights") for name, value in sizes.items()}
-    for name, value in (_PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]).items():
-        hint = f"; else pass {_flag(name)}" if name in _OPTIONS else ""
-        known.setdefault(name, told.get(name, (value, f"published default{hint}")))
-    known |= {name: entry for name, entry in told.items() if name not in known}
+    native = {name: native_config.get(name, native_config.get(FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
+    known = {name: (value, "config.json") for name, value in native.items() if value is not None}
+    known |= {name: (value, _flag(name)) for name, value in options.items()}
+    sizes = _sizes(shapes, generation, known.get("num_attention_heads", (DEFAULT_HEADS,))[0])
+    for name, (value, source) in known.items():
+        if sizes.get(name, value) != value:
+            raise ConversionError(f"{source} says {name}={value}, but the weights have {sizes[name]}")
+    published = _PUBLISHED | _PUBLISHED_OF_EXPERTS | _PUBLISHED_OTHERWISE[generation]
+    known = {name: (value, "published default") for name, value in published.items()} | known
+    known |= {name: (value, "weights") for name, value in sizes.items()}
     if not sizes["num_experts"]:
         if "num_experts_per_tok" in options:
             raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")
         known = {name: entry for name, entry in known.items() if name not in _PUBLISHED_OF_EXPERTS}
-    heads_are_assumed = known["num_attention_heads"][1].startswith("published")
-    rope, source = _rope(generation, known)
+    rope = _rope(native_config, known["max_position_embeddings"][0])
     rows: list[tuple[str, object, str]] = [("release", RELEASES[generation], "weights")]
     rows += [(name, *entry) for name, entry in known.items()]
+    source = "config.json" if native_config else "published default"
     rows.append(("rope_parameters", f"{rope['rope_type']}, base {rope['rope_theta']}", source))
     has_projector = any(name.startswith("vision_proj.") for name in shapes)
     with explained("MiniMind cannot be so"):
@@ -119,6 +117,7 @@ def detect(
             rows.append(("image_seq_length", config.image_seq_length, "--vision-tower"))
             rows.append(("image_token_id", image_token_id, "--tokenizer"))
     config.native_generation = generation  # for the way back
+    heads_are_assumed = known["num_attention_heads"][1] == "published default"
     return Architecture(generation, config, has_projector, heads_are_assumed, rows)
 
 
@@ -186,25 +185,14 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], generation: Generation, heads:
     }
 
 
-def _rope(generation: Generation, known: dict[str, tuple[Any, str]]) -> tuple[dict[str, Any], str]:
-    """Takes RoPE's settings out of `known`, and says where they are from.
-
-    Native MiniMind-V applies YaRN only beyond the length of its training.
-    """
-    by_default = (False, "published default; for YaRN pass --inference-rope-scaling")
-    wanted, source = known.pop("inference_rope_scaling", by_default)
-    scaling, _ = known.pop("rope_scaling", ({}, ""))
-    theta, _ = known.pop("rope_theta", (MiniMindVTextConfig.default_theta, ""))
-    scaling = _YARN | {name: value for name, value in scaling.items() if name in _YARN}
-    longest, trained = known["max_position_embeddings"][0], scaling["original_max_position_embeddings"]
-    if wanted and generation == "minimind2-2025-02":
-        raise ConversionError(f"{source}: the first MiniMind2-V has no YaRN")
-    if wanted and longest > trained:
-        return {"rope_type": "yarn", "rope_theta": theta, **scaling}, source
-    if wanted and source != "config.json":
-        reason = f"native MiniMind-V applies it beyond {trained}"
-        raise ConversionError(f"{source} has no effect with max_position_embeddings={longest}: {reason}")
-    return {"rope_type": "default", "rope_theta": theta}, source
+def _rope(native_config: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """RoPE's settings. Native MiniMind-V applies YaRN only beyond the length of its training."""
+    rope = {"rope_type": "default", "rope_theta": native_config.get("rope_theta", MiniMindVTextConfig.default_theta)}
+    scaling = native_config.get("rope_scaling") or {}
+    yarn = _YARN | {name: value for name, value in scaling.items() if name in _YARN}
+    if native_config.get("inference_rope_scaling") and longest > yarn["original_max_position_embeddings"]:
+        rope |= {"rope_type": "yarn", **yarn}
+    return rope
 
 
 def _projector(shapes: Mapping[str, tuple[int, ...]], generation: Generation, width: int) -> dict[str, Any]:

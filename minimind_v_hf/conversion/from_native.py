@@ -39,8 +39,6 @@ def convert(
     *,
     num_attention_heads: int | None = None,
     num_experts_per_tok: int | None = None,
-    inference_rope_scaling: bool = False,
-    max_position_embeddings: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert native weights, print what was found, and try the written folder in a fresh process.
@@ -53,8 +51,6 @@ def convert(
         output: the folder to write.
         num_attention_heads: query heads, which MiniMind2 files do not tell; 8 by default, with a warning.
         num_experts_per_tok: 2 by default, for minimind-3 1.
-        inference_rope_scaling: longer contexts with YaRN, as the native option of this name.
-        max_position_embeddings: longest sequence in tokens; 32,768 by default.
         overwrite: replace a model folder that is there already.
 
     Raises:
@@ -76,14 +72,11 @@ def convert(
 
     # ── What the file holds ──
     native = read_native_weights(weights)
-    options = {
-        "vocab_size": len(native_tokenizer),
-        "num_attention_heads": num_attention_heads,
-        "num_experts_per_tok": num_experts_per_tok,
-        "inference_rope_scaling": inference_rope_scaling or None,
-        "max_position_embeddings": max_position_embeddings,
-    }
-    options = {option: value for option, value in options.items() if value is not None}
+    options = {"vocab_size": len(native_tokenizer)}
+    if num_attention_heads is not None:
+        options["num_attention_heads"] = num_attention_heads
+    if num_experts_per_tok is not None:
+        options["num_experts_per_tok"] = num_experts_per_tok
     shapes = {name: tuple(tensor.shape) for name, tensor in native.tensors.items()}
     with explained(f"the architecture of {weights} cannot be read"):
         architecture = detect(shapes, native.config, options, vision_config, image_token_id)
@@ -108,8 +101,7 @@ def convert(
     if vision_tower:
         with explained(f"--vision-tower {vision_tower}: its preprocessing cannot be used"):
             processor = MiniMindVProcessor.build(image_processor, image_tokenizer, config)
-        tower = load_vision_tower(vision_tower, config.vision_config)
-        compare_encoders(tower, native.tensors)
+        tower = load_vision_tower(vision_tower, config.vision_config, native.tensors)
         state_dict |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()}
         if not architecture.has_projector:
             notes = ["The projector is freshly initialised: these weights are a language model's. Train it on images first."]
@@ -158,26 +150,26 @@ def load_preprocessing(source: str) -> tuple[PreTrainedConfig, BaseImageProcesso
     return vision_config, image_processor
 
 
-def load_vision_tower(source: str, vision_config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """The encoder's weights, and nothing of a text half. Raises ConversionError where one is missing or of another kind."""
+def load_vision_tower(
+    source: str, vision_config: PreTrainedConfig, native: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The encoder's weights, and nothing of a text half.
+
+    Raises ConversionError where one is missing, or differs from that of the encoder inside a resume checkpoint.
+    """
     with explained(f"--vision-tower {source}: its weights cannot be loaded"):
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": "auto", "trust_remote_code": False}
-        tower, loading = AutoModel.from_pretrained(source, config=vision_config, **options)
+        model, loading = AutoModel.from_pretrained(source, config=vision_config, **options)
         no_part = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b|.*position_ids")
         loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if not no_part.match(name)]
-        refuse_other_weights(source, tower, loading)
-    return tower.state_dict()
-
-
-def compare_encoders(tower: Mapping[str, torch.Tensor], native: Mapping[str, torch.Tensor]) -> None:
-    """Raise ConversionError where the encoder inside a resume checkpoint is another than the one that was given."""
+        refuse_other_weights(source, model, loading)
+    tower = model.state_dict()
     inside = {name.removeprefix(ENCODER_PREFIX).removeprefix("vision_model."): tensor for name, tensor in native.items()}
-    pairs = [(name, inside[name], tensor) for name, tensor in tower.items() if name in inside]
-    # Either may have been rounded
-    different = [name for name, a, b in pairs if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))]
-    if different:
-        count = f"{len(different)} of {len(pairs)} tensors ({shorten(different)})"
-        raise ConversionError(f"--vision-tower differs from the encoder in --weights in {count}: pass that of the training")
+    for name, a in tower.items():
+        b = inside.get(name, a)
+        if not (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)):  # either may have been rounded
+            raise ConversionError(f"--vision-tower differs from the encoder in --weights, in {name}: pass that of the training")
+    return tower
 
 
 # ── What the user reads ──────────────────────────────────────────────────────────────────────────────────────────────

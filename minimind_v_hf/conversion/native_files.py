@@ -24,9 +24,14 @@ def read_native_weights(path: Path) -> NativeWeights:
 
     Raises ConversionError where there is none, it is damaged or of another kind, or wants to execute code.
     """
-    config, file = {}, path
+    config: dict[str, Any] = {}
+    file = path
     if path.is_dir():
-        config, file = _read_native_config(path), path / "pytorch_model.bin"
+        file = path / "pytorch_model.bin"
+        with explained(f"{path} is no native folder, with a pytorch_model.bin and a config.json of MiniMind"):
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if config["model_type"] not in ("minimind", "minimind-v"):
+                raise ValueError(f"model_type is {config['model_type']!r}")
     if not file.is_file():
         raise ConversionError(f"there is no file {file}")
     content, other_entries = _load(file), []
@@ -41,34 +46,16 @@ def read_native_weights(path: Path) -> NativeWeights:
     return NativeWeights(content, config, other_entries)
 
 
-def _read_native_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"{folder} is no native folder: it has no config.json (pass a .pth file by its full name)")
-    with explained(f"{file} holds no configuration"):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    if model_type not in ("minimind", "minimind-v"):
-        raise ConversionError(f"{file} has model_type {model_type!r}, where 'minimind' or 'minimind-v' was expected")
-    return config
-
-
 def _load(file: Path) -> Any:
-    with file.open("rb") as stream:
-        head = stream.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: fetch that with `git lfs pull`")
-    if head[8:9] == b"{":
-        raise ConversionError(f"{file} is a safetensors file, where a native .pth file was expected")
     try:
-        if head.startswith(b"PK"):
+        if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if damaged := archive.testzip():  # torch itself does not check the checksums
                     raise zipfile.BadZipFile(damaged)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes its readers raise
-        called = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = "is not a PyTorch checkpoint, or is truncated or damaged: fetch it again"
-        if called:
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"wants to call {called[1]}, but weights need no code of their own: nothing of it was executed"
+        else:
+            reason = "is no PyTorch checkpoint (but safetensors or a Git LFS pointer, say), or truncated or damaged"
         raise ConversionError(f"{file} {reason}") from None
