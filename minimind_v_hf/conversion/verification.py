@@ -46,7 +46,7 @@ def verify(model: PreTrainedModel, folder: Path, remote_code: bool) -> float:
     """
     model, inputs = model.float().eval(), sample_inputs(model.config)
     suppressed = [model.config.image_token_id] if len(inputs) > 1 else None  # an answer holds no image
-    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": -1, "suppress_tokens": suppressed}
+    options = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False, "suppress_tokens": suppressed}
     with torch.no_grad(), tempfile.TemporaryDirectory() as work:
         given = (inputs, options, model(**inputs).logits, model.generate(**inputs, **options, use_cache=False))
         torch.save(given, Path(work, "given.pt"))
