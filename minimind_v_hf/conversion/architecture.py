@@ -130,14 +130,10 @@ def detect_generation(names: Iterable[str]) -> Generation:
         return "minimind2-2025-02"
     if later:
         return "minimind-3" if any(name.endswith("self_attn.q_norm.weight") for name in names) else "minimind2"
-    causes = {
-        "lora": "LoRA weights hold only what was changed: merge them into the full weights first",
-        "module.": "the names begin with 'module.', the mark of DistributedDataParallel: save the wrapped model's state dict",
-        "_orig_mod.": "the names begin with '_orig_mod.', the mark of torch.compile: save the wrapped model's state dict",
-        "vision_proj.": "a projector alone",
-    }
-    cause = next((f" ({causes[part]})" for part in causes if any(part in name.lower() for name in names)), "")
-    raise ConversionError(f"no MiniMind language model is in this file: its tensors are {', '.join(names[:3])}, …{cause}")
+    raise ConversionError(
+        f"no MiniMind language model is in this file: its tensors are {', '.join(names[:3])}, …, where model.layers or layers "
+        "were expected. Of a wrapped or adapted model, save the whole model inside"
+    )
 
 
 def _flag(name: str) -> str:

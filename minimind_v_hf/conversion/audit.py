@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .key_table import Row, to_native
-from .report import ConversionError
+from .report import ConversionError, shorten
 
 
 ENCODER_PREFIX = "vision_encoder."
@@ -29,6 +29,11 @@ class Audit:
     """By the reason."""
     problems: list[tuple[str, str, str]] = field(default_factory=list)
     """Name, what was found, what was expected. Any of them stops the conversion."""
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """What became of how many tensors and why, as a table."""
+        ignored = [("ignored", len(names), f"{reason}: {shorten(names)}") for reason, names in self.ignored.items()]
+        return [("used", len(self.used), ""), *ignored]
 
     def raise_if_spoiled(self, path: object) -> None:
         """Raise ConversionError where there are problems, with the first ones, how many more, and what to do."""

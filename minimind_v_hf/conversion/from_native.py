@@ -27,7 +27,7 @@ from .audit import ENCODER_PREFIX, Audit, audit_tensors
 from .folders import check_output, empty_model, load_config, new_folder
 from .key_table import from_native, key_table
 from .native_files import read_native_weights
-from .report import ConversionError, explained, print_table, shorten, warn
+from .report import ConversionError, explained, print_table, warn
 from .verification import verify
 
 
@@ -91,7 +91,9 @@ def convert(
     model = empty_model(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     audit = audit_tensors(native.tensors, rows, parameters, config.get_text_config().tie_word_embeddings)
-    report_audit(audit, native.other_entries)
+    if native.other_entries:
+        audit.ignored["the state of the training"] = native.other_entries
+    print_table("Tensors of the file", audit.rows())
     audit.raise_if_spoiled(weights)
 
     # ── The model ──
@@ -194,28 +196,16 @@ def warn_of_doubts(architecture: Architecture, tokenizer: PreTrainedTokenizerBas
         warn(f"the tokenizer is {of}, the weights are {release}: do they belong together?")
 
 
-def report_audit(audit: Audit, other_entries: list[str]) -> None:
-    """Print what becomes of each tensor."""
-    rows: list[tuple[str, object, str]] = [("used", len(audit.used), "")]
-    rows += [("ignored", len(names), f"{reason}: {shorten(names)}") for reason, names in audit.ignored.items()]
-    if other_entries:
-        rows.append(("left out", len(other_entries), f"the state of the training: {', '.join(other_entries)}"))
-    print_table("Tensors of the file", rows)
-    if audit.problems:
-        print_table("Problems: tensor, found, expected", audit.problems)
-
-
 def converted_card(
     name: str, source: str, model: PreTrainedModel, architecture: Architecture, audit: Audit, notes: list[str]
 ) -> str:
     """The README.md of a converted folder."""
     kind = "MiniMind-V" if isinstance(model.config, MiniMindVConfig) else "MiniMind"
     summary = "\n\n".join([f"A {kind} for transformers, converted from the native weights `{source}`.", *notes])
-    ignored = "".join(f"\n* {len(names)} ignored: {reason}" for reason, names in audit.ignored.items())
     conversion = (
-        f"From {RELEASES[architecture.generation]} weights, language model in {model.lm_head.weight.dtype}.\n"
-        f"Of the tensors in the file, {len(audit.used)} are used; none is unknown, missing or misshapen.\n{ignored}\n\n"
-        "After writing, the folder was loaded in a fresh process; its logits were those of the converted model."
+        "Of the tensors in the file, none is unknown, missing or misshapen. After writing, the folder was loaded in a fresh "
+        "process; its logits were those of the converted model."
     )
+    conversion += "\n\n" + table(audit.rows(), ("tensors", "", ""))
     sections = {"Architecture": table(architecture.rows, ("", "", "known from")), "Conversion": conversion}
     return model_card(name, model, summary, sections, license="apache-2.0", language=["zh", "en"])

@@ -1,8 +1,4 @@
-"""A converted folder to a model that transformers and others know without our code, where that is exactly possible.
-
-MiniMind2-V becomes LLaVA: its projector of one linear layer is followed by an identity. A MiniMind language model alone
-becomes Llama, with q/k norm Qwen3, and with q/k norm and experts Qwen3-MoE. Other models are refused, with the reason.
-"""
+"""A converted folder to a model that transformers and others know without our code, where that is exactly possible."""
 
 import math
 from pathlib import Path
@@ -26,7 +22,7 @@ from transformers import (
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..processing_minimind_v import MiniMindVProcessor
 from .folders import check_output, new_folder, read_model_folder
-from .report import ConversionError, explained, print_table
+from .report import ConversionError, explained
 from .verification import sample_inputs, verify
 
 
@@ -86,11 +82,9 @@ def convert(model: str | Path, output: str | Path, *, gelu: bool = False, overwr
         if processor is not None:
             processor.save_pretrained(staging)
         difference = verify(ours, staging, remote_code=False)
-    rows = [("model", type(stock).__name__), ("decoder", stock_config.get_text_config().model_type)]
-    rows += [("parameters", f"{stock.num_parameters() / 1e6:.1f}M"), ("dtype", str(stock.config.dtype).removeprefix("torch."))]
-    rows += [("checked", f"logits differ by {difference:.1e} at most, greedy tokens are equal")]
-    print_table(f"{folder} as a stock model", rows)
-    print(f"\nWritten to {output}")
+    print(f"{type(stock).__name__}, with the decoder {stock_config.get_text_config().model_type}, in {stock.config.dtype}.")
+    print(f"Its logits differ by {difference:.1e} at most, and its greedy tokens are equal.")
+    print(f"Written to {output}")
 
 
 def add_second_layer(tensors: dict[str, torch.Tensor], bias: bool, shift: float) -> None:
