@@ -130,9 +130,9 @@ class Answer extends BaseStreamer {
 
   end() {}
 
-  /** Tokens per second after the first token. */
+  /** Tokens per second after the first token, or 0 where there are too few of them to tell. */
   get rate() {
-    return this.ids.length > 1 ? (this.ids.length - 1) / ((this.last - this.first) / 1000) : 0;
+    return this.ids.length < 8 ? 0 : (this.ids.length - 1) / ((this.last - this.first) / 1000);
   }
 }
 
@@ -195,7 +195,7 @@ export class Conversation {
    * @param {File[]} files images
    * @param {(text: string) => void} onText given the answer so far
    * @param {AbortSignal} signal ends the answer after the current token; what was written by then stays in the conversation
-   * @returns {Promise<{text: string, tokens: number, rate: number, stopped: boolean}>}
+   * @returns {Promise<{text: string, tokens: number, seconds: number, rate: number, stopped: boolean}>}
    * @throws {Refusal}
    */
   async ask(question, files, onText, signal) {
@@ -215,6 +215,7 @@ export class Conversation {
     if (!isPrefix) this.forgetCache();
     const newImages = images.slice(this.cachedImages);
     const answer = new Answer(this.processor.tokenizer, onText);
+    const start = performance.now();
     let output;
     try {
       output = await this.model.generate({
@@ -237,7 +238,8 @@ export class Conversation {
     this.cachedImages = images.length;
     this.images = images;
     this.messages = [...messages, { role: "assistant", content: [{ type: "text", text: answer.text }] }];
-    return { text: answer.text, tokens: answer.ids.length, rate: answer.rate, stopped: signal.aborted };
+    const seconds = (performance.now() - start) / 1000;
+    return { text: answer.text, tokens: answer.ids.length, seconds, rate: answer.rate, stopped: signal.aborted };
   }
 
   async readPixels(file) {

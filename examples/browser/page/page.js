@@ -122,10 +122,10 @@ const receive = {
   text({ id, text }) {
     if (id === turn?.id) turn.answer.textContent = text;
   },
-  answered({ id, text, tokens, rate, stopped }) {
+  answered({ id, text, tokens, seconds, rate, stopped }) {
     if (id !== turn?.id) return;
     const figures = make("span");
-    label(figures, "text", "rate", { tokens, rate: Number(rate.toPrecision(2)) });
+    label(figures, "text", "figures", { tokens, seconds: seconds.toFixed(2), rate: Number(rate.toPrecision(2)) });
     const status = make("p", "status", figures);
     if (stopped) {
       const note = make("span");
