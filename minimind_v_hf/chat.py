@@ -14,6 +14,7 @@ import contextlib
 import json
 import mimetypes
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +66,10 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
         ValueError: there is no such model, it cannot be loaded, or it lacks weights; the message has the reason.
     """
     folder, device = os.fspath(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(folder)
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder) and (path.parent == Path() or not path.parent.is_dir())
+    if not path.exists() and not is_hub_id:  # the Hub would be asked for minutes where there is no network
+        raise ValueError(f"Cannot load the model {folder!r}: there is no such folder.")
     if precisions(folder):
         return _load_onnx(folder, "fp32" if precision == "float32" else precision, **kwargs)
     if precision in SUFFIXES:

@@ -178,6 +178,15 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, capfd, spoil, reason)
     assert "MISSING" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "a/b/nowhere", "runs/nowhere", "~/nowhere", "nowhere/"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_model(name)
+
+
 def test_a_tied_head_is_no_missing_weight(tmp_path):
     make_model({"tie_word_embeddings": True}).save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)

@@ -27,10 +27,10 @@ GOOD = 0.9
 """The share of its tokens that a precision should have in common with the model."""
 
 _CLASS_TOKEN = {
-    "last": "The mmproj is for llama.cpp as it is (its issue 25814). It puts CLIP's class token after the patches, but counts "
-    "positions, and what it hands to the decoder, as if it stood before them. The positions in this file are moved to fit, so "
-    "the encoder is exact; the decoder gets the patches from the second on, and the class token as the last. A build with the "
-    "fix needs an mmproj made with `--class-token first`.",
+    "last": "The mmproj is for llama.cpp as it is (its issue 25814): answers about images are near the model's, not equal. It "
+    "puts CLIP's class token after the patches, but counts positions, and what it hands to the decoder, as if it stood before "
+    "them. The positions in this file are moved to fit, so the encoder is exact; the decoder gets the patches from the second "
+    "on, and the class token as the last. A build with the fix needs an mmproj made with `--class-token first`.",
     "first": "The mmproj is for a build of llama.cpp that puts CLIP's class token before the patches (the fix of its issue "
     "25814), where it is exact. Other builds compute wrong features from it: they need one made with `--class-token last`.",
 }
@@ -163,6 +163,8 @@ def convert(
     print(f"\nWritten to {output}", flush=True)
     if not answers:
         warn('the files are not compared with the model, since xllamacpp is not installed: pip install -e ".[gguf]"')
+    elif has_class_token:
+        warn("only after text must llama.cpp compute what the model does; after images it may differ, for this reason:")
     for note in notes:
         warn(note)
 
