@@ -45,7 +45,7 @@ def load_image(source: Any, min_size: int | None = None) -> Image.Image:
         ValueError: the image cannot be read, with the reason.
     """
     if isinstance(source, (str, os.PathLike, bytes)):
-        source = _open(source)
+        source = open_image(source)
         if min_size is not None:
             source.draft(None, (2 * min_size, 2 * min_size))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
@@ -130,8 +130,12 @@ def _by_sample(items: Any, is_nested: bool, placeholders: list[int] | None, kind
     return samples
 
 
-def _open(source: str | os.PathLike | bytes) -> Image.Image:
-    """Open a path, URL, base64 string or a file's bytes without decoding its pixels yet."""
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """Open a path, URL, base64 string or a file's bytes without decoding its pixels yet.
+
+    Raises:
+        ValueError: it is no image, or too large.
+    """
     try:
         image = Image.open(find_file(source, _MAX_DOWNLOAD))
     except Image.UnidentifiedImageError as error:

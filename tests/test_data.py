@@ -17,10 +17,17 @@ import pytest
 from conftest import IMAGE_SIZE, PATCH_SIZE, make_image, make_image_processor, make_processor, make_tokenizer
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageFile
 
 from minimind_v_hf import MiniMindVProcessor
-from minimind_v_hf.data import SYSTEM_PROMPTS, DataReport, load_conversations, read_conversations, tokenize_conversations
+from minimind_v_hf.data import (
+    SYSTEM_PROMPTS,
+    DataReport,
+    MiniMindVCollator,
+    load_conversations,
+    read_conversations,
+    tokenize_conversations,
+)
 from minimind_v_hf.data.images import read_image
 from minimind_v_hf.data.rows import RowError, parse_row
 
@@ -194,6 +201,32 @@ def test_streaming_gives_the_same_rows_and_splits_between_processes(write, image
     for nodes in (2, 3):
         parts = [list(split_dataset_by_node(streamed, rank, nodes)) for rank in range(nodes)]
         assert sorted((row for part in parts for row in part), key=str) == sorted(expected, key=str)
+
+
+def test_a_stream_decodes_each_image_once_and_drops_the_damaged(write, images, processor, monkeypatch):
+    (images / "cut.png").write_bytes((images / "red.png").read_bytes()[:-40])
+    decoded, load = [], ImageFile.ImageFile.load
+
+    def count(image):
+        decoded.extend([image] if image.tile else [])  # afterwards there is nothing left to decode
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", count)
+    files = write([*ROWS, chat("<image>", image="cut.png")])
+    rows = list(tokenize_conversations(load_conversations(files, images, streaming=True), processor))
+    assert not decoded
+    batch = MiniMindVCollator(processor, max_dropped=0.01)(rows)
+    assert len(decoded) == 4  # red; red and blue; the damaged one
+    assert [len(batch[name]) for name in ("input_ids", "pixel_values")] == [3, 3]
+    for strict in (rows, rows[-1:]):
+        with pytest.raises(ValueError, match=r"cut\.png.*truncated"):
+            MiniMindVCollator(processor)(strict)
+    packed = [{"samples": rows[2:]}, {"samples": rows[3:]}, {"samples": rows[:2]}]
+    assert MiniMindVCollator(processor, max_dropped=0.01)(packed)["input_ids"].shape[0] == 2
+    with pytest.raises(ValueError, match="Of no row of a batch"):
+        MiniMindVCollator(processor, max_dropped=0.01)(rows[-1:])
+    with pytest.raises(ValueError, match="1 of 1,000 rows have missing or corrupt images"):
+        MiniMindVCollator(processor, max_dropped=0.0)(rows)
 
 
 # ── Repairs, drops, refusals ──

@@ -7,10 +7,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers.utils import logging
 
 from ..processing_minimind_v import MiniMindVProcessor
 from .images import read_image
+from .reading import check_share
 from .tokenizing import IGNORE_INDEX
+
+
+logger = logging.get_logger(__name__)
 
 
 class PixelNormalizer(nn.Module):
@@ -48,11 +53,16 @@ class MiniMindVCollator:
         pad_to_multiple_of: rounds the length of the rows up, for kernels that like it so.
         uint8_pixels: leave the pixels as bytes, a quarter of the volume to hand from worker to device; `PixelNormalizer`
             must then be applied there.
+        max_dropped: of a stream, whose images nobody has decoded before: the share of samples, from 0 to 1, that may be
+            dropped, and logged, since an image of theirs is damaged. By default none may.
     """
 
     processor: MiniMindVProcessor
     pad_to_multiple_of: int | None = None
     uint8_pixels: bool = False
+    max_dropped: float | None = None
+    _seen: int = field(default=0, init=False, repr=False)
+    _lost: int = field(default=0, init=False, repr=False)
     _normalize: PixelNormalizer = field(init=False, repr=False)
     _image_size: tuple[int, int] = field(init=False, repr=False)
 
@@ -75,9 +85,9 @@ class MiniMindVCollator:
               decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only.
 
         Raises:
-            ValueError: an image cannot be read.
+            ValueError: an image cannot be read; or more of them than `max_dropped` allows, or some of every row.
         """
-        groups = [row.get("samples", [row]) for row in rows]
+        groups, images = self._read([row.get("samples", [row]) for row in rows])
         length = max(sum(len(sample["input_ids"]) for sample in group) for group in groups)
         length += -length % (self.pad_to_multiple_of or 1)
         shape = (len(groups), length)
@@ -100,12 +110,32 @@ class MiniMindVCollator:
         packed = any("samples" in row for row in rows)
         batch = {"input_ids": input_ids, "labels": labels}
         batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
-        sources = [source for group in groups for sample in group for source in sample["images"]]
-        pixel_values = self._resize([read_image(source, max(self._image_size)) for source in sources])
+        pixel_values = self._resize(images)
         return {
             **{name: torch.from_numpy(array) for name, array in batch.items()},
             "pixel_values": pixel_values if self.uint8_pixels else self._normalize(pixel_values),
         }
+
+    def _read(self, groups: list[list[dict[str, Any]]]) -> tuple[list[list[dict[str, Any]]], list[Image.Image]]:
+        """The samples whose images can be read, in their rows, and all these images."""
+        readable, images = [], []
+        for group in groups:
+            kept = []
+            for sample in group:
+                self._seen += 1
+                try:
+                    images += [read_image(source, max(self._image_size)) for source in sample["images"]]
+                    kept.append(sample)
+                except ValueError as error:
+                    if self.max_dropped is None:
+                        raise
+                    self._lost += 1
+                    logger.warning(f"Dropped a row with a damaged image: {error}")
+                    check_share(self._lost, max(self._seen, 1000), self.max_dropped, [str(error)])
+            readable += [kept] if kept else []
+        if not readable:
+            raise ValueError("Of no row of a batch can the images be read.")
+        return readable, images
 
     def _resize(self, images: list[Image.Image]) -> torch.Tensor:
         """Images in the encoder's size, as bytes (images, 3, height, width)."""

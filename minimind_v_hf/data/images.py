@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_reading_minimind_v import load_image
+from ..image_reading_minimind_v import load_image, open_image
 
 
 MAX_FILE_SIZE = 256 * 2**20
@@ -154,15 +154,17 @@ def read_image(source: Any, min_size: int | None = None) -> Image.Image:
         raise ValueError(f"Cannot read the image {describe(source)}: {error}") from error
 
 
-def find_problem(source: str | bytes, store: ImageStore | None) -> tuple[str, str] | None:
+def find_problem(source: str | bytes, store: ImageStore | None, decode: bool = True) -> tuple[str, str] | None:
     """What is wrong with an image: ("outside", "missing" or "corrupt", reason), or None.
 
     It is decoded to its last byte, which for a JPEG costs a third of full decoding: the smallest of its sizes is asked for.
+    With `decode=False` its kind and its size are all that is looked at.
     """
     if isinstance(source, str) and store is not None and not store.contains(source):
         return "outside", f"{describe(source)}: a symbolic link leads out of {store.root!r}"
     try:
-        load_image(read_image_file(source), min_size=1)
+        encoded = read_image_file(source)
+        load_image(encoded, min_size=1) if decode else open_image(encoded)
     except FileNotFoundError as error:
         return "missing", f"{describe(source)}: {error}"
     except ValueError as error:

@@ -79,7 +79,8 @@ def load_conversations(
       or corrupt image is dropped.
     * Both are counted in `report`, and logged.
 
-    When streaming, images are checked as they pass; nothing is counted up, but what is dropped is logged.
+    When streaming, nothing is counted up, but what is dropped is logged; and images are opened, but not decoded: whether their
+    pixels are whole, the collator finds out, which decodes them (`MiniMindVCollator(max_dropped=…)`).
 
     Args:
         data_files: a file, several, or patterns such as `"data/*.jsonl"`; or a Hub data set's id or its local folder.
@@ -139,7 +140,7 @@ def load_conversations(
             examples.append(f"{dataset[index]['where']}: {reason}")
         if refused:
             raise ValueError(examples[-1])
-    _check_share(dropped.total() + num_incomplete, len(dataset), max_dropped, examples)
+    check_share(dropped.total() + num_incomplete, len(dataset), max_dropped, examples)
 
     repaired = +Counter({text: np.count_nonzero(counts[column]) for column, text in REPAIRS.items()})  # + drops the zeros
     report.rows += len(dataset)
@@ -315,7 +316,7 @@ class _ImageFilter:
 
     def __call__(self, row: dict[str, Any]) -> bool:
         self.rows += 1
-        problem = next(filter(None, (find_problem(source, self.store) for source in row["images"])), None)
+        problem = next(filter(None, (find_problem(source, self.store, decode=False) for source in row["images"])), None)
         removed = row["removed_placeholders"]
         if problem is None and not removed:
             return True
@@ -324,11 +325,12 @@ class _ImageFilter:
             raise ValueError(message)
         self.lost += 1
         logger.warning(f"Dropped a row with a {problem[0]} image: {message}" if problem else f"Mended {message}")
-        _check_share(self.lost, max(self.rows, 1000), self.max_dropped, [message])
+        check_share(self.lost, max(self.rows, 1000), self.max_dropped, [message])
         return problem is None
 
 
-def _check_share(lost: int, rows: int, max_dropped: float, examples: list[str]) -> None:
+def check_share(lost: int, rows: int, max_dropped: float, examples: list[str]) -> None:
+    """Raise ValueError, with examples, where more rows are lost than `max_dropped` allows."""
     if lost > max_dropped * rows:
         raise ValueError(
             f"{lost:,} of {rows:,} rows have missing or corrupt images, or {IMAGE_PLACEHOLDER} without one: more than the "

@@ -192,7 +192,8 @@ def make_collator(
 ) -> MiniMindVCollator | CachedFeaturesCollator:
     """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output."""
     if not run.cache_features:
-        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels)
+        max_dropped = run.max_dropped if run.streaming and not run.strict else None
+        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped)
     collator = MiniMindVCollator(processor)
     sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
