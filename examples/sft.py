@@ -59,6 +59,7 @@ def main() -> None:
         processing_class=processor,
         callbacks=[SampleSheet(data.held_out_conversations.take(stage.samples), processor)] if data.held_out else None,
         save_encoder=stage.save_encoder,
+        augment=stage.augment,
         data_counts=data.reports,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

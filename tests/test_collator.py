@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 from transformers import SiglipImageProcessorPil, Trainer, TrainingArguments
 
-from minimind_v_hf.data import MiniMindVCollator, PixelNormalizer, group_by_fit, pack, tokenize_conversations
+from minimind_v_hf.data import MiniMindVCollator, PixelNormalizer, RandomAffine, group_by_fit, pack, tokenize_conversations
 
 
 COLOURS = ["red", "blue", "lime"]
@@ -225,3 +225,24 @@ def test_large_photographs_are_decoded_smaller(dataset):
         pixels = collator([dataset[0] | {"images": [file]}])["pixel_values"].float()
         expected = processor.image_processor(Image.open(io.BytesIO(file)), do_rescale=False, do_normalize=False)["pixel_values"]
         assert (pixels - torch.as_tensor(np.stack(expected)).float()).abs().mean() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_augmentation_moves_pixels_a_little_in_training_alone(dtype):
+    torch.manual_seed(0)
+    pixels = torch.full((20, 3, 40, 40), 255 if dtype == torch.uint8 else 1.0).to(dtype)
+    pixels[:, :, 15:25, 4:14] = 0  # a black square, on the left
+    augment = RandomAffine(0.1)
+    changed = augment(pixels)
+    assert changed.dtype == dtype
+    assert changed.shape == pixels.shape
+    black = (changed[:, 0] == 0).float()
+    assert len({image.numpy().tobytes() for image in black}) == 20
+    assert ((black.sum((1, 2)) > 60) & (black.sum((1, 2)) < 150)).all()
+    assert black[:, :, 20:].sum() == 0
+    assert set(changed[:, 0, 0, 0].tolist()) == {pixels.max().item()}  # the edge goes on
+    assert torch.equal(augment.eval()(pixels), pixels)
+    assert torch.equal(RandomAffine(0)(pixels), pixels)
+    assert augment.train()(pixels[:0]).shape == (0, 3, 40, 40)
+    with pytest.raises(ValueError, match=r"augment=0\.9: expected a share from 0 to 0.5"):
+        RandomAffine(0.9)

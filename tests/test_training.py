@@ -21,14 +21,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import MOE, make_image, make_model, make_processor
 from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
@@ -112,7 +114,7 @@ def rows(home):
 def make_trainer(home, rows, output_dir, trainable="llm", model=None, trainer_class=MiniMindVTrainer, **kwargs):
     model = model or MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, trainable)
-    ours = {name: kwargs.pop(name) for name in ("save_encoder", "callbacks", "eval_dataset") if name in kwargs}
+    ours = {name: kwargs.pop(name) for name in ("save_encoder", "callbacks", "eval_dataset", "augment") if name in kwargs}
     arguments = native_recipe() | {
         "output_dir": str(output_dir),
         "disable_tqdm": True,
@@ -654,8 +656,8 @@ def launch(home):
         os.environ.pop(name)
         os.environ |= {} if value is None else {name: value}
 
-    def start(output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py"):
-        argv = [*before, ROOT / "examples" / script, home / "recipe.json", "--output_dir", output_dir, *arguments]
+    def start(output_dir, *arguments, processes=1, before=(), environment=None, script="sft.py", recipe="recipe.json"):
+        argv = [*before, ROOT / "examples" / script, home / recipe, "--output_dir", output_dir, *arguments]
         with socket.create_server(("127.0.0.1", 0)) as server:
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1], "WORLD_SIZE": processes}
         log = home / f"log-{time.monotonic_ns()}"
@@ -991,7 +993,6 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--eval_strategy", "epoch"], "--eval_files"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
-        (["--config", "minimind2-v-small", "--data_files", "d", "--image_folder", "i"], "needs --processor"),
         (["--model", "m", "--data_files", "d", "--vision_tower", "v"], "--vision_tower belongs to --config"),
     ],
 )
@@ -1030,6 +1031,62 @@ def test_a_model_is_put_together_from_parts(home, tmp_path):
         expected = theirs.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
     assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, parts.model.multi_modal_projector.linear_1.weight)
+
+
+def test_a_small_model_from_nothing(home, launch, tmp_path):
+    """The recipe's own file: fresh weights by the configuration in it, and a tokenizer of the rows' own text."""
+    recipe = yaml.safe_load((ROOT / "examples/recipes/from_scratch.yaml").read_text(encoding="utf-8"))
+    data = {"data_files": [str(home / "train.jsonl")], "image_folder": str(home / "images")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | SETTINGS | data | {"max_steps": 4}))
+    run = launch(tmp_path / "run", recipe=tmp_path / "recipe.yaml")
+    assert run.returncode == 0, run.output
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    vision = recipe["config"]["vision_config"]
+    assert (model.config.vision_config.image_size, model.config.vision_config.patch_size) == (
+        vision["image_size"],
+        vision["patch_size"],
+    )
+    assert len(processor.tokenizer.tokenize("What colour is it?")) == 5  # one token a word
+    inputs = processor(images=Image.new("RGB", (300, 100)), text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, vision["image_size"], vision["image_size"])
+    assert inputs["input_ids"].tolist() == [[model.config.image_token_id] * model.config.image_seq_length]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"visoin_config": {}}, "config: there is no field visoin_config in a MiniMindVConfig"),
+        ({"text_config": {"hidden": 8}}, "text_config: there is no field hidden in a MiniMindVTextConfig"),
+        ({"vision_config": {"patch": 8}}, "vision_config: there is no field patch in a CLIPVisionConfig"),
+        ({"text_config": {"vocab_size": 200}}, "259 tokens, but the configuration has a vocabulary of 200"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(home, config, message):
+    run = RunArguments(config=config, data_files=[str(home / "train.jsonl")], image_folder=str(home / "images"))
+    with pytest.raises(ValueError, match=message):
+        load_start(run, TrainingArguments(use_cpu=True))
+
+
+def test_held_out_images_are_not_augmented(home, rows, tmp_path, monkeypatch):
+    """Training images change from step to step, held-out ones are what they are; without the option all are."""
+    Image.radial_gradient("L").convert("RGB").save(tmp_path / "gradient.png")
+    rows = rows.map(lambda row: {"images": [str(tmp_path / "gradient.png")] * len(row["images"])})
+    for strength in (0.0, 0.1):
+        trainer = make_trainer(home, rows, tmp_path / str(strength), augment=strength, eval_dataset=rows)
+        trainer.data_collator.uint8_pixels = True
+        seen = {True: [], False: []}
+        compute_loss = trainer.compute_loss
+
+        def spy(model, inputs, *args, compute_loss=compute_loss, seen=seen, **kwargs):
+            seen[model.training] += list(inputs["pixel_values"])
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(trainer, "compute_loss", spy)
+        trainer.train()
+        trainer.evaluate()
+        different = {training: len({image.numpy().tobytes() for image in images}) for training, images in seen.items()}
+        assert different == {True: len(seen[True]) if strength else 1, False: 1}
 
 
 def test_parts_that_do_not_fit_are_refused_at_once(home):

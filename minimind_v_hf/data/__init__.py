@@ -12,7 +12,7 @@ What is wrong with a data set as a whole, a command says:
     python -m minimind_v_hf.data check train.jsonl --images images
 """
 
-from .collator import MiniMindVCollator, PixelNormalizer
+from .collator import MiniMindVCollator, PixelNormalizer, RandomAffine
 from .packing import PackedDataset, group_by_fit, pack
 from .reading import DataReport, load_conversations, read_conversations
 from .tokenizing import IGNORE_INDEX, SYSTEM_PROMPTS, tokenize_conversations
@@ -25,6 +25,7 @@ __all__ = [
     "MiniMindVCollator",
     "PackedDataset",
     "PixelNormalizer",
+    "RandomAffine",
     "group_by_fit",
     "load_conversations",
     "pack",

@@ -44,6 +44,33 @@ class PixelNormalizer(nn.Module):
         return pixel_values * self.scale + self.shift
 
 
+class RandomAffine(nn.Module):
+    """Shifts, scales, turns and shears each image a little, in training mode; left stays left, and colours stay.
+
+    Args:
+        strength: largest share of an image's side by which a corner of it moves for each of these; 0 leaves it as it is.
+
+    Raises:
+        ValueError: the strength is not from 0 to 0.5.
+    """
+
+    def __init__(self, strength: float):
+        super().__init__()
+        if not 0 <= strength <= 0.5:
+            raise ValueError(f"augment={strength}: expected a share from 0 to 0.5.")
+        self.strength = strength
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Change pixels (images, 3, height, width), uint8 or floating-point, whose edges go on where the image ends."""
+        if not (self.training and self.strength and len(pixel_values)):
+            return pixel_values
+        pixels = pixel_values.float()
+        moves = torch.empty(len(pixels), 2, 3, device=pixels.device).uniform_(-self.strength, self.strength)
+        grid = nn.functional.affine_grid(moves + torch.eye(2, 3, device=pixels.device), list(pixels.shape), align_corners=False)
+        changed = nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+        return changed.round().to(pixel_values.dtype)
+
+
 @dataclass
 class MiniMindVCollator:
     """Collates rows of `tokenize_conversations`, or packed ones of `pack`.

@@ -24,12 +24,19 @@ class RunArguments:
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model to start from, with its processor; or give --config."}
     )
-    config: str | None = field(
+    config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "For fresh weights: the name of a preset, or folder or Hub id of a MiniMind-V configuration."},
+        metadata={
+            "help": "For fresh weights: the name of a preset, or folder or Hub id of a MiniMind-V configuration; or, in a YAML "
+            "file, the fields of one."
+        },
     )
     processor: str | None = field(
-        default=None, metadata={"help": "With --config: folder or Hub id of a MiniMind-V processor, or of a tokenizer."}
+        default=None,
+        metadata={
+            "help": "With --config: folder or Hub id of a MiniMind-V processor, or of a tokenizer; without, a tokenizer is "
+            "trained on the training data."
+        },
     )
     vision_tower: str | None = field(
         default=None, metadata={"help": "With --config: folder or Hub id of the image encoder whose weights to take."}
@@ -55,6 +62,9 @@ class RunArguments:
         metadata={
             "help": "Folder to keep the frozen encoder's output in: later epochs need no encoder (300 to 600 KB an image)."
         },
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each process; 1 is fastest for the matrices of a very small model."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as it is used; needs --max_steps."})
     strict: bool = field(default=False, metadata={"help": "Stop at rows that would be repaired or dropped."})
@@ -82,6 +92,13 @@ class FreezingArguments:
 class StageArguments(FreezingArguments):
     """What the scripts of the two stages ask for besides."""
 
+    augment: float = field(
+        default=0.0,
+        metadata={
+            "help": "Shift, scale, turn and shear each training image at random by up to this share (0.1 is strong), never "
+            "mirrored or recoloured; held-out images stay as they are."
+        },
+    )
     samples: int = field(
         default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of images with the answers."}
     )
@@ -185,14 +202,14 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) ->
     parts = [name for name in ("processor", "vision_tower", "language_model") if getattr(run, name) is not None]
     if run.model is not None and parts:
         raise ValueError(f"--{parts[0]} belongs to --config: --model {run.model} brings its own.")
-    if run.config is not None and run.processor is None:
-        raise ValueError(f"--config {run.config} needs --processor: the folder of a processor or of a tokenizer.")
     if not run.data_files:
         raise ValueError("Give the training data with --data_files, and the folder of its images with --image_folder.")
     if trainable not in (None, *TRAINABLE):
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(f"--num_train_epochs {args.num_train_epochs}: expected a positive number, or --max_steps.")
+    if run.threads is not None and run.threads < 1:
+        raise ValueError(f"--threads {run.threads}: expected 1 or more.")
     if run.streaming and args.max_steps <= 0:
         raise ValueError("--streaming does not know how long the data is: give the number of steps with --max_steps.")
     if run.pack_length is not None and run.pack_length < run.max_length:

@@ -1,9 +1,10 @@
 """What a training script starts from, as its arguments say: the first model, and the data."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     CLIPImageProcessorPil,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainingArguments,
     set_seed,
@@ -20,9 +22,10 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from ..chat import refuse_other_weights
-from ..configuration_minimind_v import MiniMindVConfig
+from ..configuration_minimind_v import IMAGE_PLACEHOLDER, MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..preparation import build_chat_template, prepare_tokenizer, train_tokenizer
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import RunArguments
 from .features import CachedFeaturesCollator, encode_images
@@ -75,11 +78,13 @@ def load_start(run: RunArguments, args: TrainingArguments) -> tuple[MiniMindVFor
     Raises:
         ValueError: they do not fit each other.
     """
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     with _whole_weights(args):
-        return _load_start(run, args.seed)
+        return _load_start(run, args)
 
 
-def _load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+def _load_start(run: RunArguments, args: TrainingArguments) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
     if run.model is not None:
         if os.path.isdir(run.model) and not os.path.isfile(os.path.join(run.model, "config.json")):
             raise ValueError(f"Cannot load {run.model}: the folder has no config.json.")
@@ -91,22 +96,22 @@ def _load_start(run: RunArguments, seed: int) -> tuple[MiniMindVForConditionalGe
         refuse_other_weights(run.model, model, info)
         return model, processor
 
-    presets = MiniMindVConfig.presets()
-    config = MiniMindVConfig.from_preset(run.config) if run.config in presets else MiniMindVConfig.from_pretrained(run.config)
-    processor = _load_processor(run, config)
+    config = _load_config(run)
+    processor = _load_processor(run, args, config)
     config.image_token_id = processor.image_token_id
     if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {run.processor} has {size} tokens, but --config {run.config} has a vocabulary of "
-            f"{config.text_config.vocab_size}."
+            f"The tokenizer has {size} tokens, but the configuration has a vocabulary of {config.text_config.vocab_size}."
         )
     if processor.image_seq_length != config.image_seq_length:
         raise ValueError(
             f"The processor of {run.processor} makes {processor.image_seq_length} tokens of an image, but --config "
             f"{run.config} expects {config.image_seq_length}: give a processor for its encoder, or a tokenizer alone."
         )
-    set_seed(seed)
+    set_seed(args.seed)
     model = MiniMindVForConditionalGeneration(config)
+    if run.vision_tower is None:
+        _strengthen_positions(model)
     if run.vision_tower is not None:
         tower = _load_whole(AutoModel, run.vision_tower)
         _take_weights(model.model.vision_tower, getattr(tower, "vision_model", tower), run.vision_tower)
@@ -124,9 +129,33 @@ def _take_weights(module: torch.nn.Module, other: torch.nn.Module, source: str) 
         raise ValueError(f"The weights of {source} do not fit --config: {error}") from error
 
 
-def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
-    with _loading(run.processor):
-        loaded = AutoProcessor.from_pretrained(run.processor)
+def _load_config(run: RunArguments) -> MiniMindVConfig:
+    if isinstance(run.config, dict):
+        return _config_of(run.config)
+    if run.config in MiniMindVConfig.presets():
+        return MiniMindVConfig.from_preset(run.config)
+    return MiniMindVConfig.from_pretrained(run.config)
+
+
+def _config_of(given: dict[str, Any]) -> MiniMindVConfig:
+    """The configuration with these fields. Raises a ValueError for one that there is not: transformers would keep it unread."""
+    config = MiniMindVConfig(**given)
+    parts = {"config": config, "text_config": config.text_config, "vision_config": config.vision_config}
+    for name, part in parts.items():
+        names = given.get(name, {}) if name != "config" else given
+        if unknown := sorted(names.keys() - {"model_type"} - {known.name for known in fields(part)}):
+            raise ValueError(f"{name}: there is no field {', '.join(unknown)} in a {type(part).__name__}.")
+    return config
+
+
+def _load_processor(run: RunArguments, args: TrainingArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
+    if run.processor is None:
+        with args.main_process_first(desc="training a tokenizer"):
+            loaded = _train_tokenizer(run, config.text_config.vocab_size)
+        config.image_token_id = loaded.image_token_id
+    else:
+        with _loading(run.processor):
+            loaded = AutoProcessor.from_pretrained(run.processor)
     if isinstance(loaded, ProcessorMixin):
         return loaded
     if run.vision_tower is not None:
@@ -134,8 +163,25 @@ def _load_processor(run: RunArguments, config: MiniMindVConfig) -> MiniMindVProc
             image_processor = AutoImageProcessor.from_pretrained(run.vision_tower)
     else:
         side = config.vision_config.image_size
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        size = {"height": side, "width": side}  # the whole image, whatever its shape
+        image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     return MiniMindVProcessor.build(image_processor, loaded, config)
+
+
+def _train_tokenizer(run: RunArguments, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer of at most so many tokens, for the text of the training data."""
+    rows = load_conversations(run.data_files, run.image_folder, max_dropped=run.max_dropped, strict=run.strict)
+    texts = (message["content"] for row in rows.select_columns("conversations") for message in row["conversations"])
+    template_words = ["user\n", "assistant\n"] * 1000
+    tokenizer = train_tokenizer(itertools.chain(texts, template_words), vocab_size)
+    return prepare_tokenizer(tokenizer, build_chat_template(IMAGE_PLACEHOLDER, default_system=None, thinking=False))
+
+
+def _strengthen_positions(model: MiniMindVForConditionalGeneration) -> None:
+    """Make a fresh encoder's position embeddings as strong as its patches, so that it learns early on where a patch lies."""
+    for name, parameter in model.model.vision_tower.named_parameters():
+        if "position_embedding" in name:
+            torch.nn.init.normal_(parameter)
 
 
 # ── The data ──

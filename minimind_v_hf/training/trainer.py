@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
-from ..data import PixelNormalizer
+from ..data import PixelNormalizer, RandomAffine
 from ..files import make_readable
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from .checkpoints import (
@@ -56,6 +56,7 @@ class MiniMindVTrainer(Trainer):
 
     Args:
         save_encoder: write a frozen encoder into intermediate checkpoints too.
+        augment: how strongly training images are changed at random, as `RandomAffine` has it.
         data_counts: for the model card, what was read, as `DataReport`s by name.
 
     Raises:
@@ -64,8 +65,11 @@ class MiniMindVTrainer(Trainer):
             checkpoints would be pushed to the Hub.
     """
 
-    def __init__(self, *args, save_encoder: bool = False, data_counts: dict[str, Any] | None = None, **kwargs):
+    def __init__(
+        self, *args, save_encoder: bool = False, augment: float = 0.0, data_counts: dict[str, Any] | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        self._augment = RandomAffine(augment)
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
             raise ValueError(
                 "The weights are sharded already (ZeRO-3), and can be neither counted nor hashed: load the model with "
@@ -124,7 +128,8 @@ class MiniMindVTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
         if pixels is not None and not pixels.is_floating_point():
-            inputs["pixel_values"] = self._normalize_pixels(pixels)
+            self._augment.train(self.model.training)
+            inputs["pixel_values"] = self._normalize_pixels(self._augment(pixels))
         return inputs
 
     @functools.cached_property
