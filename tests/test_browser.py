@@ -590,6 +590,23 @@ def test_build_refuses_and_leaves_all_as_it_was(arguments, message, tmp_path):
     assert (tmp_path / "diary.txt").read_text() == "dear"
 
 
+def test_only_the_precisions_in_which_the_page_runs_are_built(tmp_path):
+    model = tmp_path / "model"
+    (model / "onnx").mkdir(parents=True)
+    for suffix in ("", "_fp16", "_quantized", "_q4", "_q4f16"):
+        (model / "onnx" / f"decoder{suffix}.onnx").touch()
+    choices = {"dtype": "fp16", "device_config": {"wasm": {"dtype": "q8"}, "webgpu": {"dtype": "q4"}}}
+    for config, built in (
+        ({"transformers.js_config": choices}, ["decoder_q4.onnx", "decoder_quantized.onnx"]),
+        ({"transformers.js_config": {"dtype": "fp32"}}, ["decoder.onnx"]),
+        ({}, sorted(file.name for file in (model / "onnx").iterdir())),
+    ):
+        (model / "config.json").write_text(json.dumps(config))
+        command = ["node", BROWSER / "build.mjs", "--model", model, "--output", tmp_path / "site"]
+        subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        assert sorted(file.name for file in (tmp_path / "site" / "model" / "onnx").iterdir()) == built
+
+
 def test_what_was_built_is_replaced(tmp_path):
     for _ in range(2):
         subprocess.run(["node", BROWSER / "build.mjs", "--output", tmp_path], check=True, timeout=60, stdout=subprocess.DEVNULL)

@@ -3,7 +3,7 @@
 //     npm run build                               with the model kept in model/
 //     npm run build -- --model runs/model-onnx    with another, which convert/to_onnx.py wrote; --output names another folder
 
-import { cp, mkdir, readdir, rename, rm, stat } from "node:fs/promises";
+import { cp, mkdir, readdir, readFile, rename, rm, stat } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -14,6 +14,7 @@ const LIBRARY = {
   // The small build computes on the CPU alone; the other one also knows WebGPU
   "onnxruntime-web": ["", ".asyncify"].flatMap((kind) => [`ort-wasm-simd-threaded${kind}.mjs`, `ort-wasm-simd-threaded${kind}.wasm`]),
 };
+const SUFFIXES = { fp32: "", fp16: "_fp16", q8: "_quantized", q4: "_q4", q4f16: "_q4f16" };
 
 const fail = (message) => {
   console.error(`build.mjs: error: ${message}`);
@@ -50,7 +51,14 @@ if (there.length && !(await exists(join(output, "lib", "transformers.min.js"))))
 const unfinished = `${output}.unfinished`;
 await rm(unfinished, { recursive: true, force: true });
 await cp(join(here, "page"), unfinished, { recursive: true });
-await cp(model, join(unfinished, "model"), { recursive: true });
+// Of the precisions, those in which the page runs; without a choice in config.json, all
+const { dtype, device_config } = JSON.parse(await readFile(join(model, "config.json"), "utf8"))["transformers.js_config"] ?? {};
+const used = ["wasm", "webgpu"].map((device) => SUFFIXES[device_config?.[device]?.dtype ?? dtype]);
+const isUsed = (path) => {
+  const graph = /(_fp16|_quantized|_q4|_q4f16)?\.onnx$/.exec(path);
+  return graph === null || used.includes(undefined) || used.includes(graph[1] ?? "");
+};
+await cp(model, join(unfinished, "model"), { recursive: true, filter: isUsed });
 await mkdir(join(unfinished, "lib"));
 for (const [name, files] of Object.entries(LIBRARY)) {
   for (const file of files) {
