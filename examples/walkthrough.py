@@ -52,53 +52,53 @@ def saved_model(folder: str):
 
 @torch.no_grad()
 def walk(model, inputs) -> None:
-    """Run the model once, print each step as it is done, and raise ValueError where one is not as expected."""
+    """Run the model once, print each step, and raise ValueError where one is not as expected."""
     config, text, vision, inner = model.config, model.config.get_text_config(), model.config.vision_config, model.model
+    given, made = {}, {}  # by the module: its input and its output
+
+    def record(module, args, kwargs, output) -> None:
+        given[module] = args[0] if args else kwargs.get("inputs_embeds")
+        made[module] = getattr(output, "last_hidden_state", output)
+
+    for module in model.modules():
+        module.register_forward_hook(record, with_kwargs=True)
+    outputs = model(**inputs, use_cache=True)
+
     tokens, length = config.image_seq_length, inputs["input_ids"].shape[1]
     patches = (vision.image_size // vision.patch_size) ** 2
     extra = int(vision.model_type == "clip_vision_model")  # the class token; SigLIP has none
     hidden = [1, length, text.hidden_size]
-    seen = {}
-
-    def show(name: str, tensor: torch.Tensor, shape: list[int], meaning: str = "") -> None:
-        check(name, list(tensor.shape), shape)
-        print(f"{name:<16}{shape!s:<20}{meaning}".rstrip())
-        seen[name] = tensor
-
-    def before(module: torch.nn.Module, name: str, *step) -> None:  # what the module is given
-        def hook(_, args, kwargs):
-            show(name, kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0], *step)
-
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def after(module: torch.nn.Module, name: str, *step) -> None:  # what it returns
-        module.register_forward_hook(lambda _, args, output: show(name, getattr(output, "last_hidden_state", output), *step))
-
+    merged, projected = given[inner.language_model], made[inner.multi_modal_projector]
+    learned = int((inputs["labels"] != -100).sum())
     show("pixel_values", inputs["pixel_values"], [1, 3, *[vision.image_size] * 2], "one image: channels, height, width")
     show("input_ids", inputs["input_ids"], [1, length], f"{length - tokens} tokens of text and {tokens} placeholders")
-    after(model.get_input_embeddings(), "embed_tokens", hidden, "those of the placeholders mean nothing")
-    after(inner.vision_tower, "encoder", [1, extra + patches, vision.hidden_size], f"class tokens: {extra}, patches: {patches}")
-    before(inner.multi_modal_projector, "patches", [1, patches, vision.hidden_size], "without the class token")
-    after(inner.multi_modal_projector, "projector", [1, tokens, text.hidden_size], "image tokens, as wide as the decoder")
-    before(inner.language_model, "masked_scatter", hidden, "the image tokens in place of the placeholders")
+    show("embed_tokens", made[model.get_input_embeddings()], hidden, "those of the placeholders mean nothing")
+    encoded = f"class tokens: {extra}, patches: {patches}"
+    show("encoder", made[inner.vision_tower], [1, extra + patches, vision.hidden_size], encoded)
+    show("patches", given[inner.multi_modal_projector], [1, patches, vision.hidden_size], "without the class token")
+    show("projector", projected, [1, tokens, text.hidden_size], "image tokens, as wide as the decoder")
+    show("masked_scatter", merged, hidden, "the image tokens in place of the placeholders")
     for number, layer in enumerate(inner.language_model.layers):
-        after(layer, f"layer {number}", hidden)
-    after(model.lm_head, "logits", [1, length, text.vocab_size], "at each position, a score for each next token")
-    outputs = model(**inputs, use_cache=True)
-
-    learned = int((inputs["labels"] != -100).sum())
+        show(f"layer {number}", made[layer], hidden)
+    show("logits", outputs.logits, [1, length, text.vocab_size], "at each position, a score for each next token")
     show("labels", inputs["labels"], [1, length], f"{learned} learned, the others are -100")
+
     is_image = inputs["input_ids"] == config.image_token_id
-    check("merged image == projected image", torch.equal(seen["masked_scatter"][is_image], seen["projector"][0]), True)
+    check("merged image == projected image", torch.equal(merged[is_image], projected[0]), True)
     # The scores at a position are for the next token, so the last have no label, and the first label has no scores
-    loss = F.cross_entropy(seen["logits"][0, :-1], inputs["labels"][0, 1:], ignore_index=-100)
+    loss = F.cross_entropy(outputs.logits[0, :-1], inputs["labels"][0, 1:], ignore_index=-100)
     check("loss == mean over the learned tokens", torch.allclose(outputs.loss, loss), True)
     print(f"{'loss':<16}{loss:<20.4f}by chance it would be ln {text.vocab_size} = {math.log(text.vocab_size):.4f}")
-    layers = outputs[CACHE].layers
+    cached = [tensor for layer in outputs[CACHE].layers for tensor in (layer.keys, layer.values)]
     shape = [1, text.num_key_value_heads, length, text.head_dim]
-    check("KV cache", {tuple(tensor.shape) for layer in layers for tensor in (layer.keys, layer.values)}, {tuple(shape)})
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    print(f"{'KV cache':<16}{shape!s:<20}keys, and as many values, in {len(layers)} layers: {size:,} bytes")
+    check("KV cache", {tuple(tensor.shape) for tensor in cached}, {tuple(shape)})
+    size = sum(tensor.nbytes for tensor in cached)
+    print(f"{'KV cache':<16}{shape!s:<20}keys, and as many values, in {len(cached) // 2} layers: {size:,} bytes")
+
+
+def show(name: str, tensor: torch.Tensor, shape: list[int], meaning: str = "") -> None:
+    check(name, list(tensor.shape), shape)
+    print(f"{name:<16}{shape!s:<20}{meaning}".rstrip())
 
 
 def check(what: str, found, expected) -> None:
