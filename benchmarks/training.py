@@ -271,7 +271,7 @@ def profile(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
             flops += each["token"] * float(lengths.sum()) + each["pair"] * float((lengths * (lengths + 1) / 2).sum())
             flops += each["label"] * float((batch["labels"] != -100).sum()) + each["image"] * len(pixels)
             samples += stage["batch"]
-    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32, clock_of_device)
+    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32, None if device.type == "cuda" else clock_of_device)
     floor = flops / samples / rate
     return {**{name: value / samples for name, value in seconds.items()}, "FLOPs at the matrix rate": floor}
 

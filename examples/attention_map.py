@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind_v_hf.chat import load_model
+from minimind_v_hf.chat import encode_questions, load_model
 from minimind_v_hf.scripts import errors_in_one_line
 
 
@@ -141,15 +141,8 @@ def main() -> None:
         parser.exit(2, 'attention_map.py: error: this script needs matplotlib: pip install -e ".[train]"\n')
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(arguments.model, attn_implementation="eager")
-    content = [{"type": "image", "path": path} for path in arguments.image]
-    content.append({"type": "text", "text": "\n" + arguments.question})
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    content = [*[{"type": "image"}] * len(arguments.image), {"type": "text", "text": "\n" + arguments.question}]
+    inputs = encode_questions(processor, [[{"role": "user", "content": content}]], [arguments.image]).to(model.device)
     looks = attention_maps(model, processor, inputs, arguments.max_new_tokens, arguments.layer)
     if not looks:
         parser.exit(1, "The answer is empty: there is nothing to draw.\n")

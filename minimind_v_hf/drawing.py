@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from PIL import Image
@@ -111,7 +112,7 @@ def draw_answers(rows: Sequence[tuple[dict[str, Any], Any]], path: Path, columns
         answer, right = (shorten(text) for text in (row["answer"], row["conversations"][-1]["content"]))
         verdict = f"✓ {answer}" if row["right"] else f"✗ {answer} (not {right})"
         colour = RIGHT if row["right"] else WRONG
-        panels.append(Panel(read_image(image), wrap(shorten(_question(row))), wrap(verdict, 26), colour))
+        panels.append(Panel(read_image(image), fill(shorten(_question(row)), 24), fill(verdict, 26), colour))
     draw_sheet(panels, path, columns)
 
 
@@ -123,15 +124,6 @@ def shorten(text: str, length: int = 48) -> str:
     """The text in one line, and at most so long."""
     text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return text if len(text) <= length else text[:length] + "…"
-
-
-def wrap(text: str, width: int = 24) -> str:
-    """Break a line near the middle if it is too long for an image's width."""
-    if len(text) <= width or " " not in text:
-        return text
-    spaces = [i for i, character in enumerate(text) if character == " "]
-    middle = min(spaces, key=lambda i: abs(i - len(text) / 2))
-    return f"{text[:middle]}\n{text[middle + 1 :]}"
 
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:

@@ -1,9 +1,10 @@
 """What the machine multiplies fast."""
 
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 
 def has_fast_bf16() -> bool:
@@ -14,18 +15,10 @@ def has_fast_bf16() -> bool:
     return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] | None = None) -> float:
     """Floating-point operations a second of a large matrix product, as measured here and now: best of five."""
     side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(6):  # the first one warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = clock()
-        product = a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * side**3 / (clock() - start))
-        del product
-    return best
+    factors = {name: torch.randn(side, side, device=device, dtype=dtype) for name in "ab"}
+    options: dict[str, Any] = {} if clock is None else {"timer": clock}
+    timer = Timer("a @ b", globals=factors, num_threads=torch.get_num_threads(), **options)
+    return 2 * side**3 / min(timer.timeit(1).mean for _ in range(5))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chat import encode_questions
 from ..processing_minimind_v import MiniMindVProcessor
 from ..shapes import all_scenes, draw, questions
 from .report import ConversionError
@@ -148,15 +149,13 @@ def ask_about_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
 def ask_about_images(model: PreTrainedModel, processor: MiniMindVProcessor) -> Questions:
     """Questions about drawn images of the encoder's size, and the first token of their answers."""
     size = model.config.vision_config.image_size
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     requests, logits, longest = list[dict[str, Any]](), list[torch.Tensor](), 0
     for drawing, question in drawn_questions():
         image, text = drawing.resize((size, size)), {"type": "text", "text": f"\n{question}"}
         content = [{"type": "image_url", "image_url": {"url": data_url(image)}}, text]
         request = {"messages": [{"role": "user", "content": content}], "logprobs": True, "top_logprobs": TOP}
         requests.append(request | _ONE_TOKEN)
-        messages = [{"role": "user", "content": [{"type": "image", "image": image}, text]}]
-        inputs = processor.apply_chat_template(messages, **options)
+        inputs = encode_questions(processor, [[{"role": "user", "content": [{"type": "image"}, text]}]], [[image]])
         longest = max(longest, inputs["input_ids"].shape[1])
         with torch.no_grad():
             logits.append(model(**inputs).logits[0, -1])
