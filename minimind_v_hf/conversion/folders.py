@@ -9,12 +9,20 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..files import make_readable
 from ..modeling_minimind import MiniMindForCausalLM
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
 from .report import ConversionError, explained, shorten
 
 
@@ -73,6 +81,20 @@ def read_model_folder(folder: Path, with_encoder: bool = True) -> PreTrainedMode
         raise ConversionError(f"{folder} has NaN or infinite values in {shorten(not_finite)}: convert another checkpoint")
     model.tie_weights()
     return model
+
+
+def read_processor(
+    folder: Path, config: PreTrainedConfig
+) -> tuple[MiniMindVProcessor | PreTrainedTokenizerBase, GenerationConfig]:
+    """The processor of a MiniMind-V or the tokenizer of a MiniMind, and how it answers: by default greedily.
+
+    Raises ConversionError where they are missing or damaged.
+    """
+    with explained(f"{folder}: its processor, tokenizer or generation_config.json cannot be read"):
+        processor = (MiniMindVProcessor if isinstance(config, MiniMindVConfig) else AutoTokenizer).from_pretrained(folder)
+        is_saved = (folder / "generation_config.json").is_file()
+        settings = GenerationConfig.from_pretrained(folder) if is_saved else GenerationConfig.from_model_config(config)
+        return processor, settings
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:

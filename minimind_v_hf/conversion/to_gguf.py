@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model_card import model_card, table
 from ..processing_minimind_v import MiniMindVProcessor
 from . import llama_cpp
-from .folders import check_output, new_folder, read_model_folder
+from .folders import check_output, new_folder, read_model_folder, read_processor
 from .report import ConversionError, explained, print_table, warn
 
 
@@ -173,13 +173,10 @@ def read(folder: Path) -> Source:
     """Read a model folder. Raises ConversionError where it is damaged, or llama.cpp cannot hold it."""
     gguf_files = writers()
     model = read_model_folder(folder)
-    config = model.config
-    with explained(f"{folder}: its tokenizer, processor or generation_config.json cannot be read"):
-        processor = MiniMindVProcessor.from_pretrained(folder) if hasattr(config, "vision_config") else None
-        tokenizer = processor.tokenizer if processor else AutoTokenizer.from_pretrained(folder)
-        saved = folder / "generation_config.json"
-        generation = GenerationConfig.from_pretrained(folder) if saved.is_file() else GenerationConfig()
-    gguf_files.check(config, tokenizer, processor and processor.image_processor)
+    found, generation = read_processor(folder, model.config)
+    processor = found if isinstance(found, MiniMindVProcessor) else None
+    tokenizer = processor.tokenizer if processor else found
+    gguf_files.check(model.config, tokenizer, processor and processor.image_processor)
     chat = find_chat(tokenizer, (processor or tokenizer).chat_template)
     return Source(folder.resolve().name, model.float().eval(), tokenizer, processor, chat, generation)
 

@@ -7,8 +7,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -21,8 +19,8 @@ from transformers import (
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..processing_minimind_v import MiniMindVProcessor
-from .folders import check_output, new_folder, read_model_folder
-from .report import ConversionError, explained
+from .folders import check_output, new_folder, read_model_folder, read_processor
+from .report import ConversionError
 from .verification import sample_inputs, verify
 
 
@@ -67,10 +65,9 @@ def convert(model: str | Path, output: str | Path, *, gelu: bool = False, overwr
         add_second_layer(tensors, stock_config.multimodal_projector_bias, gelu_shift(ours) if gelu else 0.0)
     stock.load_state_dict(tensors, strict=True, assign=True)  # the names are the same
     stock.tie_weights()
-    with explained(f"{folder}: its processor or generation_config.json cannot be read"):
-        if (folder / "generation_config.json").is_file():
-            stock.generation_config = GenerationConfig.from_pretrained(folder)
-        processor = stock_processor(folder, stock_config)
+    processor, stock.generation_config = read_processor(folder, config)
+    if is_llava:
+        processor = stock_processor(processor, stock_config)
 
     with new_folder(output) as staging:
         # As published LLaVAs have it: transformers 5 reads it with and without `vision_model`, vLLM's LLaVA only with
@@ -79,8 +76,7 @@ def convert(model: str | Path, output: str | Path, *, gelu: bool = False, overwr
         stock.save_pretrained(staging, state_dict=state_dict)
         stock.config.dtype = stock.lm_head.weight.dtype  # transformers writes that of the first tensor, which is the encoder's
         stock.config.save_pretrained(staging)
-        if processor is not None:
-            processor.save_pretrained(staging)
+        processor.save_pretrained(staging)
         difference = verify(ours, staging, remote_code=False)
     print(f"{type(stock).__name__}, with the decoder {stock_config.get_text_config().model_type}, in {stock.config.dtype}.")
     print(f"Its logits differ by {difference:.1e} at most, and its greedy tokens are equal.")
@@ -152,11 +148,8 @@ def stock_llava_config(config: MiniMindVConfig) -> LlavaConfig:
     )
 
 
-def stock_processor(folder: Path, config: PreTrainedConfig):
-    """LLaVA's processor with our tokenizer and chat template; the tokenizer of a language model, or None if it has none."""
-    if not isinstance(config, LlavaConfig):
-        return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
-    processor = MiniMindVProcessor.from_pretrained(folder)
+def stock_processor(processor: MiniMindVProcessor, config: LlavaConfig) -> LlavaProcessor:
+    """LLaVA's processor with our tokenizer and chat template."""
     # The way to our code
     processor.image_processor.__dict__.pop("auto_map", None)
     processor.tokenizer.init_kwargs.pop("auto_map", None)

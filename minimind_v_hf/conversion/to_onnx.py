@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlamaConfig, LlavaConfig, Qwen3Config
+from transformers import LlamaConfig, LlavaConfig, Qwen3Config
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..model_card import table
 from ..onnx_model import GRAPHS, graph_file
 from ..preparation import build_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
-from .folders import check_output, new_folder, read_model_folder
+from .folders import check_output, new_folder, read_model_folder, read_processor
 from .onnx_comparison import Comparison, Report
 from .onnx_graphs import write_graphs
-from .report import ConversionError, explained, print_table, warn
+from .report import ConversionError, print_table, warn
 from .to_llava import SHARED_FIELDS
 
 
@@ -63,9 +63,8 @@ def convert(
     config = ours.config
     check_exportable(folder, config)
     ours = ours.float().eval().requires_grad_(False)
-    processor, generation_config = read_processor(folder)
-    if generation_config is not None:
-        ours.generation_config = generation_config
+    processor, ours.generation_config = read_processor(folder, config)
+    use_simple_template(processor, folder)
     comparison = Comparison(ours, processor, images)
 
     with new_folder(output) as staging, _quietly():
@@ -128,16 +127,8 @@ def _quietly() -> Iterator[None]:
 # ── The other files ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_processor(folder: Path) -> tuple[MiniMindVProcessor, GenerationConfig | None]:
-    """The processor of a folder, with a chat template that transformers.js can read, and the settings of its answers.
-
-    Raises:
-        ConversionError: they are missing or damaged.
-    """
-    with explained(f"{folder}: its processor or generation_config.json cannot be read"):
-        processor = MiniMindVProcessor.from_pretrained(folder)
-        has_settings = (folder / "generation_config.json").is_file()
-        generation_config = GenerationConfig.from_pretrained(folder) if has_settings else None
+def use_simple_template(processor: MiniMindVProcessor, folder: Path) -> None:
+    """Give a processor a chat template that transformers.js can read, or warn where it has one of its own."""
     # Templates that an earlier version of this package wrote use what the Jinja of transformers.js does not know
     settings = dict(re.findall(r"^\{%- set (\w+) = (.+?) -%\}$", processor.chat_template or "", re.MULTILINE)[:4])
     if list(settings) == ["image_token", "mark", "default_system", "thinking"]:
@@ -146,7 +137,6 @@ def read_processor(folder: Path) -> tuple[MiniMindVProcessor, GenerationConfig |
         processor.chat_template = build_chat_template(**values | {"default_system": values["default_system"] or None})
     else:
         warn(f"{folder} has a chat template of its own: whether transformers.js can read it was not tried")
-    return processor, generation_config
 
 
 def write_processor(processor: MiniMindVProcessor, config: MiniMindVConfig, folder: Path) -> None:
