@@ -114,7 +114,10 @@ def test_the_folder_says_how_well_each_precision_answers(exported):
     _, folder = exported
     card = (folder / "README.md").read_text()
     dtypes = [dtype for dtype in to_onnx.PRECISIONS if to_onnx.graph_file(folder, "embed_tokens", dtype).exists()]
-    rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| ")][2:]
+    assert "library_name: transformers.js" in card.split("---")[1].splitlines()
+    assert r'text: "\n描述一下这个图像的内容。"' in card  # a line break inside a string is none in JavaScript
+    precisions = card.partition("## Precisions")[2]
+    rows = [line.split(" | ") for line in precisions.splitlines() if line.startswith("| ")][2:]
     assert [row[0].removeprefix("| ") for row in rows] == dtypes
     assert rows[0][2] == "100.0%"
     shares = {dtype: float(row[2].rstrip("%")) for dtype, row in zip(dtypes, rows, strict=True)}

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlavaConfig, Qwen3Config
+from transformers import LlamaConfig, LlavaConfig, PreTrainedModel, Qwen3Config
 
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
-from ..model_card import table
+from ..model_card import model_card, table
 from ..onnx_model import GRAPHS, graph_file
 from ..preparation import build_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
@@ -77,7 +77,8 @@ def convert(
         for graph in () if "fp32" in dtypes else GRAPHS:
             graph_file(staging, graph, "fp32").unlink()
         write_config(config, staging, reports)
-        (staging / "README.md").write_text(model_card(output.name, folder.name, comparison, reports), encoding="utf-8")
+        text = card(output.name, folder.name, ours, comparison, reports)
+        (staging / "README.md").write_text(text, encoding="utf-8")
     print_table(
         f"{folder} in ONNX", [("precision", "size", "equal tokens", "log-probabilities differ by"), *map(Report.row, reports)]
     )
@@ -191,21 +192,7 @@ def best_precision(reports: Sequence[Report], preferred: Sequence[str]) -> str:
 # ── The model card ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_CARD = """\
----
-library_name: transformers.js
-pipeline_tag: image-text-to-text
-tags:
-- minimind-v
-- onnx
----
-
-# {name}
-
-{source} in ONNX, for transformers.js and ONNX Runtime.
-
-## Use
-
+_USE = """\
 In Python, with the package [minimind_v_hf](https://github.com/jingyaogong/minimind-v) and `onnxruntime`:
 
 ```python
@@ -222,30 +209,23 @@ import {{ AutoProcessor, LlavaForConditionalGeneration, load_image }} from "@hug
 
 const processor = await AutoProcessor.from_pretrained("{name}");
 const model = await LlavaForConditionalGeneration.from_pretrained("{name}");
-const question = [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "\n描述一下这个图像的内容。" }}] }}];
+const question = [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "\\n描述一下这个图像的内容。" }}] }}];
 const prompt = processor.apply_chat_template(question, {{ add_generation_prompt: true }});
 const inputs = await processor(await load_image("photo.jpg"), prompt, {{ add_special_tokens: false }});
 const output = await model.generate({{ ...inputs, max_new_tokens: 128 }});
-```
-
-## Precisions
-
-{precisions}
-
-Compared with the model in float32, in PyTorch, on its greedy answers to questions about {shown} images: the share of their
-tokens that are the likeliest here too, and the largest difference of their log-probabilities.{warnings}
-"""
+```"""
 
 
-def model_card(name: str, source: str, comparison: Comparison, reports: Sequence[Report]) -> str:
+def card(name: str, source: str, model: PreTrainedModel, comparison: Comparison, reports: Sequence[Report]) -> str:
     """The text of README.md."""
     header = ("precision", "size", "equal tokens", "largest difference", "what it is")
-    warnings = [f"**{report.warning}.**" for report in reports if not report.is_good]
-    return _CARD.format(
-        name=name,
-        source=source,
-        best=best_precision(reports, PREFERRED["cpu"]),
-        precisions=table([(*report.row(), PRECISIONS[report.dtype]) for report in reports], header),
-        shown=comparison.source,
-        warnings="".join(f"\n\n{warning}" for warning in warnings),
+    precisions = table([(*report.row(), PRECISIONS[report.dtype]) for report in reports], header)
+    precisions += (
+        "\n\nCompared with the model in float32, in PyTorch, on its greedy answers to questions about "
+        f"{comparison.source} images: the share of their tokens that are the likeliest here too, and the largest difference of "
+        "their log-probabilities."
     )
+    precisions += "".join(f"\n\n**{report.warning}.**" for report in reports if not report.is_good)
+    summary = f"{source} in ONNX, for transformers.js and ONNX Runtime."
+    use = _USE.format(name=name, best=best_precision(reports, PREFERRED["cpu"]))
+    return model_card(name, model, summary, {"Precisions": precisions}, use=use, library_name="transformers.js")
