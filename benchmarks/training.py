@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peer import make_llava, make_llava_processor, make_model, make_processor, make_tokenizer, make_words
 from PIL import Image
 from tqdm import tqdm
@@ -41,9 +42,8 @@ from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from minimind_v_hf.hardware import has_fast_bf16, matmul_rate
 from minimind_v_hf.training import (
-    CachedFeaturesCollator,
     MiniMindVTrainer,
-    encode_images,
+    cache_features,
     freeze,
     native_recipe,
     training_flops,
@@ -175,7 +175,10 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
         if torch.cuda.is_available():
             model.cuda()
         dtype = torch.bfloat16 if bf16 else torch.float32
-        collator = CachedFeaturesCollator(collator, encode_images(model, collator, [data], folder / "features", dtype))
+        collator = cache_features(model, collator, [data], folder / "features", dtype)
+        for rows in data.iter(16):  # what the first epoch does beside training
+            batch = collator([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+            collator.cache.encode_missing(model, (), send_to_device(batch, model.device))
     batch_size = stage["batch"]
     if variant == "packed":
         data = pack(data, stage["pack_length"])

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -33,20 +34,19 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration
+from minimind_v_hf import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v_hf import head_minimind_v as modeling
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from minimind_v_hf.hardware import matmul_rate
 from minimind_v_hf.training import (
     TRAINABLE,
-    CachedFeaturesCollator,
     MiniMindVTrainer,
     RunArguments,
     SampleSheet,
     StageArguments,
+    cache_features,
     checkpoint_to_resume,
     checkpoints,
-    encode_images,
     encoder_digest,
     freeze,
     load_checkpoint,
@@ -1094,60 +1094,139 @@ def test_parts_that_do_not_fit_are_refused_at_once(home):
         load_start(RunArguments(config="minimind2-v-small", processor=str(home / "start")), TrainingArguments())
 
 
-def test_cached_features_cost_no_encoder_and_change_no_loss(home, rows, tmp_path, uninterrupted):
+def train_cached(home, rows, folder, output_dir, resume=None, **kwargs):
+    """A run with the cache of features in `folder`: its trainer, and how many images each pass of the encoder had."""
     model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
-    freeze(model, "llm")
-    collator = MiniMindVCollator(make_processor())
-    cache = encode_images(model, collator, [rows], tmp_path / "features")
-    assert encode_images(model, collator, [rows], tmp_path / "features").rows == cache.rows
-    calls = []
-    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    trainer = make_trainer(home, rows, tmp_path / "run", model=model, save_strategy="no")
-    trainer.data_collator = CachedFeaturesCollator(collator, cache)
-    trainer.train()
-    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
-    assert trainer.state.log_history[0]["images_per_second"] > 0
-    assert not calls
+    trainer = make_trainer(home, rows, output_dir, model=model, **kwargs)
+    sets = [rows] + ([kwargs["eval_dataset"]] if "eval_dataset" in kwargs else [])
+    collator = MiniMindVCollator(MiniMindVProcessor.from_pretrained(home / "start"))
+    trainer.data_collator = cache_features(model, collator, sets, folder)
+    passes: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda _, args, output: passes.append(len(args[0])))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, passes
+
+
+def test_features_are_cached_in_the_first_epoch_and_change_no_loss(home, rows, tmp_path, uninterrupted):
+    images = sum(map(len, rows["images"]))
+    for first in (True, False):
+        trainer, passes = train_cached(home, rows, tmp_path / "features", tmp_path / "run", save_strategy="no")
+        assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
+        assert all(entry["images_per_second"] > 0 for entry in trainer.state.log_history[:-1])
+        assert sum(passes) == (images if first else 0)
+    assert len(passes) == 0
     with pytest.raises(ValueError, match="holds something else than vectors"):
-        encode_images(model, collator, [rows], home)
-    freeze(model, "all")
+        train_cached(home, rows, home, tmp_path / "run")
     with pytest.raises(ValueError, match="only while the encoder is frozen"):
-        encode_images(model, collator, [rows], tmp_path / "other")
+        train_cached(home, rows, tmp_path / "other", tmp_path / "run", trainable="all")
+
+
+def test_a_run_killed_in_its_first_epoch_goes_on_with_a_cache_half_full(home, rows, launch, tmp_path, uninterrupted):
+    features, images = tmp_path / "features", sum(map(len, rows["images"]))
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        "import os, runpy, signal, sys\n"
+        "from minimind_v_hf.training import FeatureCache\n"
+        "write, left = FeatureCache.write, [5]\n"
+        "def write_and_die(self, *args):\n"
+        "    write(self, *args)\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FeatureCache.write = write_and_die\n"
+        "sys.argv.pop(0)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = launch(tmp_path / "run", "--cache_features", features, before=[killer])
+    assert done.returncode == -9, done.output[-3000:]
+    kept = np.load(features / "checksums.npy")
+    assert 0 < np.count_nonzero(kept) < images
+    with open(features / "features.npy", "r+b") as file:  # as a machine may leave it that lost its power
+        file.seek(-int(np.load(features / "features.npy", mmap_mode="r")[kept.nonzero()[0][-1] :].nbytes), os.SEEK_END)
+        file.write(bytes(40))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    trainer, passes = train_cached(home, rows, features, tmp_path / "run", str(checkpoint), save_strategy="no")
+    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
+    assert sum(passes) == images - np.count_nonzero(kept) + 1
+    assert np.all(np.load(features / "checksums.npy"))
+
+
+def test_two_processes_fill_one_cache_also_with_held_out_and_packed_rows(home, rows, launch, tmp_path, uninterrupted):
+    features = tmp_path / "features"
+    options = ["--cache_features", features, "--per_device_train_batch_size", BATCH // 2, "--save_strategy", "no"]
+    options += ["--eval_files", home / "train.jsonl", "--eval_strategy", "epoch", "--samples", 0]
+    done = launch(tmp_path / "run", *options, processes=2)
+    assert done.returncode == 0, done.output[-3000:]
+    assert np.all(np.load(features / "checksums.npy"))
+    packed = pack(rows, 200)
+    trainer, passes = train_cached(home, rows, features, tmp_path / "again", save_strategy="no", eval_dataset=rows)
+    assert not passes
+    assert losses(trainer) == pytest.approx(uninterrupted, abs=1e-5)
+    pixels, cached = MiniMindVCollator(make_processor()), trainer.data_collator
+    batch = [packed[0], packed[1]]
+    expected = trainer.model.eval()(**pixels(batch), use_cache=False).loss
+    torch.testing.assert_close(trainer.model(**cached(batch), use_cache=False).loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_is_filled_under_fsdp(launch, tmp_path, uninterrupted):
+    options = {"before": [ROOT / "tests" / "shard_on_cpu.py"], "environment": accelerate_environment("fsdp2")}
+    recipe = ["--cache_features", tmp_path / "features", "--per_device_train_batch_size", BATCH // 2]
+    done = launch(tmp_path / "run", *recipe, processes=2, **options)
+    assert done.returncode == 0, done.output[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(uninterrupted, abs=2e-5)
+    assert np.all(np.load(tmp_path / "features" / "checksums.npy"))
+
+
+def test_processes_with_a_part_of_the_encoder_do_not_fill_a_cache(launch, tmp_path):
+    pytest.importorskip("deepspeed")
+    recipe = ["--cache_features", tmp_path / "features", "--per_device_train_batch_size", BATCH // 2]
+    done = launch(tmp_path / "run", *recipe, processes=2, environment=accelerate_environment("deepspeed_zero3"))
+    assert done.returncode
+    assert "--cache_features is filled by processes with the whole encoder, not where each holds a part" in done.output
 
 
 def test_cached_features_stay_on_the_disk_where_processes_are_not_forked(home, rows, launch, tmp_path):
     """As by default on macOS and Windows, and since Python 3.14; `launch` has started the server that they come from."""
     model = MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, "llm")
-    collator = MiniMindVCollator(make_processor())
-    cached = CachedFeaturesCollator(collator, encode_images(model, collator, [rows], tmp_path / "features"))
+    cached = cache_features(model, MiniMindVCollator(make_processor()), [rows], tmp_path / "features")
+    model(**cached([rows[i] for i in range(3)]))
     assert len(pickle.dumps(cached.cache)) < 1000 < (tmp_path / "features" / "features.npy").stat().st_size
     (batch,) = DataLoader(rows.select(range(3)), 3, collate_fn=cached, num_workers=1, multiprocessing_context="forkserver")
     expected = cached([rows[i] for i in range(3)])["mm_encoder_outputs"]["image"].last_hidden_state
+    assert expected.abs().sum() > 0
     assert torch.equal(batch["mm_encoder_outputs"]["image"].last_hidden_state, expected)
 
 
 def test_cached_features_follow_what_they_were_made_of(tmp_path):
     image, kept = str(tmp_path / "image.png"), tmp_path / "kept"
     make_image("red").save(image)
-    rows, collator = Dataset.from_dict({"images": [[image]]}), MiniMindVCollator(make_processor())
-    model = make_model()
+    processor, model = make_processor(), make_model()
+    rows = tokenize_conversations(
+        Dataset.from_dict(
+            {
+                "conversations": [[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]],
+                "images": [[image]],
+            }
+        ),
+        processor,
+    )
     freeze(model, "llm")
 
-    def encoded(dtype=torch.float32):
-        return encode_images(model, collator, [rows], kept, dtype)([image])
+    def encoded(dtype=torch.float32, fresh=True):
+        cached = cache_features(model, MiniMindVCollator(processor), [rows], kept, dtype)
+        batch = cached([rows[0]])
+        assert ("uncached" in batch) == fresh
+        model(**batch)
+        return cached.cache.read([image])[0]
 
     red = encoded()
-    written = (kept / "features.npy").stat().st_ino
-    assert torch.equal(encoded(), red)
-    assert (kept / "features.npy").stat().st_ino == written
+    assert torch.equal(encoded(fresh=False), red)
     make_image("blue", (21, 20)).save(image)
     blue = encoded()
     assert not torch.equal(blue, red)
     assert encoded(torch.bfloat16).dtype == torch.bfloat16
-    processor = make_processor()
     processor.image_processor.image_mean = [0.9, 0.9, 0.9]
-    collator = MiniMindVCollator(processor)
     assert not torch.equal(encoded(), blue)
 
 

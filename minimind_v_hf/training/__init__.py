@@ -2,7 +2,7 @@
 
 from .arguments import FreezingArguments, RunArguments, StageArguments, native_recipe, parse_arguments
 from .checkpoints import checkpoint_to_resume, claim_new_output_dir, encoder_digest, load_checkpoint
-from .features import CachedFeaturesCollator, FeatureCache, encode_images
+from .features import CachedFeaturesCollator, FeatureCache, cache_features
 from .freezing import TRAINABLE, freeze, is_frozen, parameter_table
 from .loading import TrainingData, load_data, load_start, make_collator
 from .metering import StepMeter, training_flops
@@ -21,9 +21,9 @@ __all__ = [
     "StageArguments",
     "StepMeter",
     "TrainingData",
+    "cache_features",
     "checkpoint_to_resume",
     "claim_new_output_dir",
-    "encode_images",
     "encoder_digest",
     "freeze",
     "is_frozen",

@@ -1,24 +1,25 @@
-"""The frozen encoder's patch vectors, computed once and kept on disk, for runs of several epochs.
+"""The frozen encoder's patch vectors, kept on disk while the first epoch passes: later epochs need no encoder.
 
 An image of 224 pixels is 10 KB as a JPEG and 300 KB as vectors in bfloat16, but reading those takes a hundredth of the time
 of encoding it: worth it up to tens of thousands of images.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data import MiniMindVCollator
 from ..data.images import file_state
-from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration, is_sharded
 from .checkpoints import encoder_digest
 from .freezing import is_frozen
 
@@ -28,12 +29,15 @@ def _name(source: str | bytes) -> str:
 
 
 class FeatureCache:
-    """Patch vectors of images, from a folder that `encode_images` filled.
+    """Patch vectors of images, in a folder that `cache_features` made and that training fills.
+
+    Several processes may read and write it. Vectors count only with their checksum, which is written after them: however a
+    run ends, none are half written.
 
     Pickled for another process it is its folder alone, which is opened there: the vectors stay on the disk.
 
     Args:
-        folder: with `index.json` and `features.npy`.
+        folder: with `index.json`, `features.npy` (images, patches, width) and `checksums.npy` (images,), 0 where there is none.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -42,44 +46,113 @@ class FeatureCache:
         self.origin: str = index["origin"]
         self.states: dict[str, list[int]] = index["images"]
         self.rows: dict[str, int] = {name: row for row, name in enumerate(self.states)}
-        self._features = np.load(self._folder / "features.npy", mmap_mode="r")
+        self._features, self._checksums = (
+            np.load(self._folder / name, mmap_mode="r") for name in ("features.npy", "checksums.npy")
+        )
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return FeatureCache, (self._folder,)
 
-    def __call__(self, sources: list[str | bytes]) -> torch.Tensor:
-        """The patch vectors (images, patches, width) of images, in float32 or bfloat16."""
-        vectors = torch.from_numpy(self._features[[self.rows[_name(source)] for source in sources]])
-        return vectors.view(torch.bfloat16) if vectors.dtype == torch.int16 else vectors
+    def read(self, sources: list[str | bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is known of images.
+
+        Returns:
+            Their patch vectors (images, patches, width), in float32 or bfloat16, and those that are still to be encoded:
+            their places among `sources` and their rows in the cache, (missing, 2).
+        """
+        rows = [self.rows[_name(source)] for source in sources]
+        vectors = self._features[rows]
+        missing = [
+            (place, row)
+            for place, row in enumerate(rows)
+            if not self._checksums[row] or _checksum(vectors[place]) != self._checksums[row]
+        ]
+        tensor = torch.from_numpy(vectors)
+        tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+        return tensor, torch.tensor(missing, dtype=torch.long).view(-1, 2)
+
+    def write(self, rows: list[int], vectors: torch.Tensor) -> None:
+        """Keep patch vectors (images, patches, width) in these rows."""
+        vectors = vectors.cpu()
+        arrays = (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
+        # Not through the map, where a full disk would end the process without a word
+        for name, stored, values in (
+            ("features.npy", self._features, list(arrays)),
+            ("checksums.npy", self._checksums, [np.uint32(_checksum(array)) for array in arrays]),
+        ):
+            with open(self._folder / name, "r+b") as file:
+                for row, value in zip(rows, values, strict=True):
+                    file.seek(stored.offset + row * value.nbytes)
+                    file.write(value.tobytes())
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def encode_missing(
+        self, model: MiniMindVForConditionalGeneration, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict]:
+        """Before a forward pass: encode the images that `CachedFeaturesCollator` found nothing of, and keep what they give.
+
+        Args:
+            model: whose arguments the others are.
+
+        Returns:
+            The arguments (args, kwargs), with the patch vectors of every image.
+
+        Raises:
+            ValueError: each process has a part of the encoder alone, and all would have to encode together.
+        """
+        uncached = kwargs.pop("uncached", None)
+        if uncached is None:
+            return args, kwargs
+        tower, pixels = model.model.vision_tower, kwargs.pop("pixel_values")
+        if is_sharded(tower):
+            raise ValueError(
+                "--cache_features is filled by processes with the whole encoder, not where each holds a part of it, as under "
+                "ZeRO-3: fill it in a run without."
+            )
+        vectors = kwargs["mm_encoder_outputs"]["image"].last_hidden_state
+        places, rows = uncached.unbind(1)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=vectors.dtype == torch.bfloat16):
+            encoded = tower(pixels.to(tower.dtype)).last_hidden_state[:, -vectors.shape[1] :].to(vectors.dtype)
+        self.write(rows.tolist(), encoded)
+        vectors[places] = encoded
+        return args, kwargs
 
 
-@torch.no_grad()
-def encode_images(
+def _checksum(vectors: np.ndarray) -> int:
+    return zlib.crc32(vectors.data) or 1
+
+
+def cache_features(
     model: MiniMindVForConditionalGeneration,
     collator: MiniMindVCollator,
     datasets: list[Any],
     folder: str | os.PathLike,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 16,
-) -> FeatureCache:
-    """Encode every image of the data sets once, unless the folder has them already.
+) -> "CachedFeaturesCollator":
+    """Keep the encoder's output for every image of the data sets, from its first forward pass with this model on.
 
-    It is done again when an image's file has changed since, in size or time, or the encoder, its image processor or `dtype`.
+    What the folder holds already is used, unless an image's file has changed since, in size or time, or the encoder, its
+    image processor or `dtype`.
 
     Args:
         model: with a frozen encoder.
         collator: decodes and resizes.
         datasets: with the column `images`.
-        folder: to fill; it is written under another name first.
-        dtype: float32, which changes no loss, or bfloat16, of half the size.
-        batch_size: images at a time.
+        folder: of the cache.
+        dtype: float32, which changes no loss, or bfloat16, of half the size, in which autocast computes.
 
     Raises:
         ValueError: the encoder learns, the folder holds something else, or the disk is too small.
     """
-    folder, tower = Path(folder), model.model.vision_tower
-    if not is_frozen(tower):
+    if not is_frozen(model.model.vision_tower):
         raise ValueError("Vectors of images can be cached only while the encoder is frozen: trainable='all' changes them.")
+    cache = _open_cache(model, collator, datasets, Path(folder), dtype)
+    model.register_forward_pre_hook(cache.encode_missing, with_kwargs=True)
+    return CachedFeaturesCollator(collator, cache)
+
+
+def _open_cache(model, collator, datasets, folder: Path, dtype: torch.dtype) -> FeatureCache:
     sources = {
         _name(source): source
         for dataset in datasets
@@ -92,9 +165,10 @@ def encode_images(
     if folder.exists():
         if not (folder / "index.json").exists():  # it is replaced below
             raise ValueError(f"{folder} holds something else than vectors of images: name a folder that does not exist yet.")
-        cache = FeatureCache(folder)
-        if cache.origin == origin and states.items() <= cache.states.items():
-            return cache
+        if (folder / "checksums.npy").exists():  # earlier versions wrote none
+            cache = FeatureCache(folder)
+            if cache.origin == origin and states.items() <= cache.states.items():
+                return cache
     num_patches = model.config.image_seq_length * model.config.patches_per_token
     shape = (len(sources), num_patches, model.config.vision_config.hidden_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +179,8 @@ def encode_images(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     stored = np.int16 if dtype == torch.bfloat16 else np.float32
-    features = np.lib.format.open_memmap(unfinished / "features.npy", mode="w+", dtype=stored, shape=shape)
-    names = list(sources)
-    for start in tqdm(range(0, len(names), batch_size), desc="Encoding images", unit="batch"):
-        batch = [sources[name] for name in names[start : start + batch_size]]
-        pixels = collator([{"input_ids": [0], "labels": [-100], "images": batch}])["pixel_values"]
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            vectors = tower(pixels.to(model.device)).last_hidden_state[:, -num_patches:].to(dtype).cpu()
-        features[start : start + len(batch)] = (vectors.view(torch.int16) if dtype == torch.bfloat16 else vectors).numpy()
-    features.flush()
+    np.lib.format.open_memmap(unfinished / "features.npy", mode="w+", dtype=stored, shape=shape)
+    np.save(unfinished / "checksums.npy", np.zeros(len(sources), np.uint32))
     (unfinished / "index.json").write_text(json.dumps({"origin": origin, "images": states}), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
@@ -121,25 +188,37 @@ def encode_images(
 
 
 class CachedFeaturesCollator:
-    """Collates like another collator, with cached patch vectors in place of pixels.
+    """Collates like another collator, with cached patch vectors in place of pixels; made by `cache_features`.
+
+    Of images without vectors it gives the pixels, and `uncached`: `FeatureCache.encode_missing` has them encoded.
 
     Args:
         collator: for everything else.
-        cache: has the images of every row.
+        cache: has a row for the images of every row.
     """
 
     def __init__(self, collator: MiniMindVCollator, cache: FeatureCache):
         self.collator, self.cache = collator, cache
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        samples = [sample for row in rows for sample in row.get("samples", [row])]
-        sources = [source for sample in samples for source in sample["images"]]
-        without_images = [
-            {"samples": [{**sample, "images": []} for sample in row["samples"]]} if "samples" in row else {**row, "images": []}
-            for row in rows
-        ]
-        batch: dict[str, Any] = self.collator(without_images)
-        if sources:
+        sources = [source for row in rows for sample in row.get("samples", [row]) for source in sample["images"]]
+        if not sources:
+            return self.collator(rows)
+        vectors, uncached = self.cache.read(sources)
+        missing, places = set(uncached[:, 0].tolist()), itertools.count()
+
+        def without_cached(sample: dict[str, Any]) -> dict[str, Any]:
+            return {**sample, "images": [source for source in sample["images"] if next(places) in missing]}
+
+        batch: dict[str, Any] = self.collator(
+            [
+                {"samples": [without_cached(sample) for sample in row["samples"]]} if "samples" in row else without_cached(row)
+                for row in rows
+            ]
+        )
+        batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=vectors)}
+        if missing:
+            batch["uncached"] = uncached
+        else:
             del batch["pixel_values"]
-            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(last_hidden_state=self.cache(sources))}
         return batch

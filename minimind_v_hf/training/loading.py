@@ -28,7 +28,7 @@ from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..preparation import build_chat_template, prepare_tokenizer, train_tokenizer
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import RunArguments
-from .features import CachedFeaturesCollator, encode_images
+from .features import CachedFeaturesCollator, cache_features
 
 
 # ── The model ──
@@ -60,7 +60,7 @@ def _load_whole(auto_class: Any, source: str) -> Any:
 def _whole_weights(args: TrainingArguments) -> Iterator[None]:
     """Around the loading of a model: each process gets all of it under ZeRO-3 too, whose engine shards it later.
 
-    Until then weights are put together, counted and hashed, and images are encoded.
+    Until then weights are put together, counted and hashed.
     """
     if not is_deepspeed_zero3_enabled():
         yield
@@ -237,12 +237,11 @@ def make_collator(
     uint8_pixels: bool = True,
 ) -> MiniMindVCollator | CachedFeaturesCollator:
     """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output."""
+    max_dropped = run.max_dropped if run.streaming and not run.strict else None
+    collator = MiniMindVCollator(processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped)
     if not run.cache_features:
-        max_dropped = run.max_dropped if run.streaming and not run.strict else None
-        return MiniMindVCollator(processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped)
-    collator = MiniMindVCollator(processor)
+        return collator
     sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    with args.main_process_first(desc="encoding the images"):
-        cache = encode_images(model.to(args.device), collator, sets, run.cache_features, dtype)
-    return CachedFeaturesCollator(collator, cache)
+    with args.main_process_first(desc="opening the cache of features"):
+        return cache_features(model, collator, sets, run.cache_features, dtype)
