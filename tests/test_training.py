@@ -463,6 +463,14 @@ def test_the_best_light_checkpoint_is_loaded_at_the_end(home, rows, tmp_path):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_a_resumed_run_keeps_its_batches_of_like_length(home, rows, tmp_path):
+    whole = make_trainer(home, rows, tmp_path, train_sampling_strategy="group_by_length")
+    whole.train()
+    resumed = make_trainer(home, rows, tmp_path, train_sampling_strategy="group_by_length", save_strategy="no")
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-8")
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
     trainer = make_trainer(home, rows, tmp_path, callbacks=[StopAt(6)], save_steps=5)
     trainer.train()
@@ -992,6 +1000,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--streaming"], "--max_steps"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--eval_strategy", "epoch"], "--eval_files"),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--trainable", "all", "--cache_features", "f"], "frozen"),
+        (
+            ["--model", "m", "--data_files", "d", "--image_folder", "i", "--augment", "0.1", "--cache_features", "f"],
+            "no --augment",
+        ),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
         (["--model", "m", "--data_files", "d", "--vision_tower", "v"], "--vision_tower belongs to --config"),
     ],

@@ -189,13 +189,13 @@ def parse_arguments(
         values["ddp_find_unused_parameters"] = values.get("trainable") == "all"  # an encoder's last layers may be of no use
     try:
         run, args, *more = parser.parse_dict(values)
-        _check(run, args, values.get("trainable"))
+        _check(run, args, values.get("trainable"), values.get("augment"))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return run, args, *more
 
 
-def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) -> None:
+def _check(run: RunArguments, args: TrainingArguments, trainable: str | None, augment: float | None) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if (run.model is None) == (run.config is None):
         raise ValueError("Give either --model, to start from trained weights, or --config, to start from fresh ones.")
@@ -216,7 +216,7 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None) ->
         raise ValueError(
             f"--pack_length {run.pack_length}: expected at least --max_length, {run.max_length}, for a sample to fit."
         )
-    if run.cache_features and (run.streaming or trainable == "all"):
-        raise ValueError("--cache_features needs a frozen encoder and data that is not streamed.")
+    if run.cache_features and (run.streaming or trainable == "all" or augment):
+        raise ValueError("--cache_features needs a frozen encoder, no --augment, and data that is not streamed.")
     if not run.eval_files and args.eval_strategy != "no":
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_files: the held-out data.")

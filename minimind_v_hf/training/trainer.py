@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
@@ -123,6 +124,14 @@ class MiniMindVTrainer(Trainer):
         if isinstance(dataloader.dataset, IterableDatasetShard):
             dataloader.dataset.drop_last = True  # it would fill the last batches with rows that were seen already
         return dataloader
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Drawn from the state of the whole process, the order would be another in a run that is resumed
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.set_epoch = lambda epoch: setattr(sampler, "generator", torch.Generator().manual_seed(seed + epoch))
+        return sampler
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
