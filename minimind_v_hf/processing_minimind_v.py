@@ -181,15 +181,13 @@ class MiniMindVProcessor(ProcessorMixin):
         if text is not None:
             text = self._check_prompts([text] if isinstance(text, str) else text)
         image_counts, video_counts = self._count(text, self.image_token), self._count(text, VIDEO_PLACEHOLDER)
-        if images is not None:
-            images = self._load_images(images, image_counts, kwargs) or None
-        else:
-            self._refuse_placeholders(image_counts, "image")
+        nothing: list[list] = [[] for _ in text or []]
+        images = self._load_images(nothing if images is None else images, image_counts, kwargs) or None
         if videos is not None:
             videos = self._load_videos(videos, video_counts, kwargs)
             images = self._in_order(text, images or [], videos)
         elif images is None:
-            self._refuse_placeholders(video_counts, "video")
+            load_batch(nothing, True, video_counts, "video", load_video)  # refuses placeholders
         elif any(video_counts or []):  # transformers' processors let it pass beside images
             logger.warning("There are <video> placeholders, but no videos were passed: they stay text.")
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -252,14 +250,6 @@ class MiniMindVProcessor(ProcessorMixin):
     @staticmethod
     def _count(text: list[str] | None, placeholder: str) -> list[int] | None:
         return None if text is None else [sample.count(placeholder) for sample in text]
-
-    @staticmethod
-    def _refuse_placeholders(counts: list[int] | None, kind: str) -> None:
-        for sample, count in enumerate(counts or []):
-            if count:
-                raise ValueError(
-                    f"Sample {sample} (counted from 0) has {count} <{kind}> placeholders, but no {kind}s were passed."
-                )
 
     def _load_images(self, images: Any, placeholders: list[int] | None, kwargs: dict) -> list:
         """All images in one list; `placeholders` are the counts per sample, to check against."""

@@ -362,7 +362,7 @@ def test_bad_files_are_named(processor, tmp_path):
     [
         ("no placeholder", 1, "Sample 0 .* has 0 <image> placeholders, but 1 images"),
         ("<image><image>", 1, "Sample 0 .* has 2 <image> placeholders, but 1 images"),
-        ("<image>", 0, "Sample 0 .* has 1 <image> placeholders, but no images"),
+        ("<image>", 0, "Sample 0 .* has 1 <image> placeholders, but 0 images were passed for it"),
         (["<image>", "<image><image>"], 2, r"2 samples have \[1, 2\] <image> placeholders, 3 in all, but 2 images"),
         (["<image>", "<image><image>"], [2, 1], "Sample 0 .* has 1 <image> placeholders, but 2 images"),
         (["<image>"], [1, 1], "there are 1 texts, and images for 2 samples"),

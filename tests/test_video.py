@@ -193,7 +193,7 @@ def test_a_video_by_url(clip):
 @pytest.mark.parametrize(
     ("text", "videos", "error"),
     [
-        ("<video>", None, "Sample 0 .* has 1 <video> placeholders, but no videos were passed"),
+        ("<video>", None, "Sample 0 .* has 1 <video> placeholders, but 0 videos were passed for it"),
         ("<video><video>", 1, "Sample 0 .* has 2 <video> placeholders, but 1 videos were passed for it"),
         (["<video>", "<video>"], 1, r"2 samples have \[1, 1\] <video> placeholders, 2 in all, but 1 videos were passed"),
     ],
