@@ -989,6 +989,11 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("linear", None)
     _, args, _ = parse(monkeypatch, recipe, "--output_dir", tmp_path, "--lr_scheduler_type", "linear", "--weight_decay", 0)
     assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.weight_decay) == ("linear", None, 0)
+    other.write_text(recipe.read_text() + "\nmax_steps: 100\n")
+    _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path)
+    assert args.max_steps == 100
+    _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path, "--num_train_epochs=3")
+    assert (args.max_steps, args.num_train_epochs) == (-1, 3)
 
 
 @pytest.mark.parametrize(

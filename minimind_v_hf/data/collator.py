@@ -48,7 +48,8 @@ class RandomAffine(nn.Module):
     """Shifts, scales, turns and shears each image a little, in training mode; left stays left, and colours stay.
 
     Args:
-        strength: largest share of an image's side by which a corner of it moves for each of these; 0 leaves it as it is.
+        strength: with 0.1 an image is scaled by 0.9 to 1.1, turned and sheared by up to 0.1, shifted by up to 0.05 of its side;
+            with 0 it stays as it is.
 
     Raises:
         ValueError: the strength is not from 0 to 0.5.

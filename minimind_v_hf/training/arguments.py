@@ -95,8 +95,8 @@ class StageArguments(FreezingArguments):
     augment: float = field(
         default=0.0,
         metadata={
-            "help": "Shift, scale, turn and shear each training image at random by up to this share (0.1 is strong), never "
-            "mirrored or recoloured; held-out images stay as they are."
+            "help": "Shift, scale, turn and shear each training image at random, by up to this share (0.1 is much); none is "
+            "mirrored or recoloured. Held-out images stay as they are."
         },
     )
     samples: int = field(
@@ -181,6 +181,9 @@ def parse_arguments(
     own_schedule = values["lr_scheduler_type"] != native["lr_scheduler_type"]
     if own_schedule and values["lr_scheduler_kwargs"] is native["lr_scheduler_kwargs"]:
         values["lr_scheduler_kwargs"] = None
+    flags = {flag.partition("=")[0] for flag in argv}
+    if "--num_train_epochs" in flags and "--max_steps" not in flags:
+        values["max_steps"] = -1  # the file's, which Trainer would put before the epochs
     if values["eval_files"] and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"
     if values["fp16"]:

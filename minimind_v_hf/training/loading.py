@@ -110,8 +110,6 @@ def _load_start(run: RunArguments, args: TrainingArguments) -> tuple[MiniMindVFo
         )
     set_seed(args.seed)
     model = MiniMindVForConditionalGeneration(config)
-    if run.vision_tower is None:
-        _strengthen_positions(model)
     if run.vision_tower is not None:
         tower = _load_whole(AutoModel, run.vision_tower)
         _take_weights(model.model.vision_tower, getattr(tower, "vision_model", tower), run.vision_tower)
@@ -175,13 +173,6 @@ def _train_tokenizer(run: RunArguments, vocab_size: int) -> PreTrainedTokenizerB
     template_words = ["user\n", "assistant\n"] * 1000
     tokenizer = train_tokenizer(itertools.chain(texts, template_words), vocab_size)
     return prepare_tokenizer(tokenizer, build_chat_template(IMAGE_PLACEHOLDER, default_system=None, thinking=False))
-
-
-def _strengthen_positions(model: MiniMindVForConditionalGeneration) -> None:
-    """Make a fresh encoder's position embeddings as strong as its patches, so that it learns early on where a patch lies."""
-    for name, parameter in model.model.vision_tower.named_parameters():
-        if "position_embedding" in name:
-            torch.nn.init.normal_(parameter)
 
 
 # ── The data ──
