@@ -7,7 +7,7 @@ and prints a table. What follows `--flags` is handed to sft.py, after the recipe
 
 * scenes: one to four things of seven shapes, eight colours and two sizes, anywhere, overlapping, on uneven ground. Asked are
   how many, how many of a colour, is there, colour, shape, size, left or right of, above or below, the outermost, the closest.
-* symbols: one or two of 300 drawn symbols with made-up names, each drawn by another hand every time, in ink of six colours on
+* symbols: one or two of 200 drawn symbols with made-up names, each drawn by another hand every time, in ink of six colours on
   paper of eight textures. What is it called, which paper, which ink, is it the ..., which one is left.
 """
 
@@ -153,7 +153,7 @@ def ask_scene(things: list[dict], rng: random.Random) -> list[Question]:
 # ── Symbols ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SYMBOL_SIZE = 96
-SYMBOLS = 300
+SYMBOLS = 200
 INKS = {
     "red": (170, 25, 25),
     "green": (15, 105, 35),
@@ -168,7 +168,7 @@ PAPERS = ["plain", "wooden", "chequered", "dotted", "brick", "cloudy", "rising s
 @functools.cache
 def symbols() -> dict[str, list[np.ndarray]]:
     """Names, and strokes as corners (points, 2) within -1 to 1."""
-    rng, drawn = random.Random(300), {}
+    rng, drawn = random.Random(200), {}
     while len(drawn) < SYMBOLS:
         name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
         strokes = []
@@ -213,7 +213,7 @@ def draw_symbols(rng: random.Random) -> tuple[Image.Image, dict]:
     canvas = ImageDraw.Draw(mask)
     width = SYMBOL_SIZE / len(names)
     for place, name in enumerate(names):
-        radius = rng.uniform(0.3, 0.42) * width if len(names) > 1 else rng.uniform(0.22, 0.4) * width
+        radius = rng.uniform(0.36, 0.46) * width if len(names) > 1 else rng.uniform(0.25, 0.42) * width
         x = (place + 0.5) * width + rng.uniform(-1, 1) * (width / 2 - radius) * 0.9
         y = SYMBOL_SIZE / 2 + rng.uniform(-1, 1) * (SYMBOL_SIZE / 2 - radius) * 0.9
         turn, slant, squeeze = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.15)
