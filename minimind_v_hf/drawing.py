@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -126,18 +126,28 @@ def shorten(text: str, length: int = 48) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def draw_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draw loss and learning rate by step as a PNG file, from `trainer.state.log_history`."""
+def draw_curves(
+    history: list[dict[str, float]], path: Path, names: Mapping[str, str] | None = None, ylabel: str = "loss"
+) -> None:
+    """Draw what training measured, and the learning rate, by step as a PNG file.
+
+    Args:
+        history: `trainer.state.log_history`.
+        path: the file to write.
+        names: of what was measured, each with its label; by default the losses.
+        ylabel: what they are.
+    """
     figure = Figure(figsize=(7, 3.5), layout="constrained")
-    losses, rates = figure.subplots(1, 2)
-    for axis, name, label in ((losses, "loss", "training"), (losses, "eval_loss", "held out"), (rates, "learning_rate", None)):
+    measures, rates = figure.subplots(1, 2)
+    names = names or {"loss": "training", "eval_loss": "held out"}
+    for axis, name, label in [*((measures, *item) for item in names.items()), (rates, "learning_rate", None)]:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
-    losses.set(xlabel="step", ylabel="loss")
+    measures.set(xlabel="step", ylabel=ylabel)
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    if losses.lines:
-        losses.legend()
-    for axis in (losses, rates):
+    if measures.lines:
+        measures.legend()
+    for axis in (measures, rates):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110, format="png")

@@ -4,6 +4,7 @@ Each image has four places, which may be empty. The questions ask for colours, s
 and in Chinese, and every one of them needs the image. The files are in the MiniMind-V format: JSONL and JPEG.
 """
 
+import argparse
 import itertools
 import json
 import random
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from .scripts import errors_in_one_line
 
 
 IMAGE_SIZE = 64
@@ -178,3 +181,58 @@ def write_data_set(folder: Path, train_images: int, test_images: int, turns: int
                 row = {"conversations": conversation, "image": name, "kind": question.kind}
                 test.write(json.dumps(row, ensure_ascii=False) + "\n")
             progress.update()
+
+
+def write_presence_set(folder: Path, teach: int, prefer: int, test: int, seed: int = 0) -> None:
+    """Write questions for a thing that may be in an image into `teach.jsonl`, `prefer.jsonl`, `test.jsonl` and `images/`.
+
+    In `teach.jsonl` seven of ten things are there, since people ask about what they see: a model that learns from it says yes
+    too often. In the others half of them are. `prefer.jsonl` has "choices", of which the right one is to be preferred, and
+    `test.jsonl` has "contents". No scene is in two of the files.
+
+    Args:
+        folder: created if need be.
+        teach: images with six questions each, in one conversation.
+        prefer: images with six questions each, in rows of their own.
+        test: held-out images with a question each.
+        seed: of everything random.
+    """
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    scenes = iter(rng.sample(all_scenes(), teach + prefer + test))
+    names = [f"{colour[0]} {shape[0]}" for shape, colour in itertools.product(SHAPES, COLOURS)]
+    for kind, count, turns, share in (("teach", teach, 6, 0.7), ("prefer", prefer, 6, 0.5), ("test", test, 1, 0.5)):
+        with open(folder / f"{kind}.jsonl", "w", encoding="utf-8") as file:
+            for number, scene in enumerate(itertools.islice(scenes, count)):
+                image = f"{kind}-{number:05d}.jpg"
+                draw(scene, rng).save(folder / "images" / image, quality=92)
+                contents = sorted({f"{thing.colour[0]} {thing.shape[0]}" for thing in scene if thing})
+                missing = [name for name in names if name not in contents]
+                asked = [
+                    (rng.choice(contents), "yes") if rng.random() < share else (rng.choice(missing), "no") for _ in range(turns)
+                ]
+                conversation = [
+                    message
+                    for name, answer in asked
+                    for message in (
+                        {"role": "user", "content": f"Is there a {name} in the image?"},
+                        {"role": "assistant", "content": answer},
+                    )
+                ]
+                size = len(conversation) if kind == "teach" else 2
+                for start in range(0, len(conversation), size):
+                    first, *others = conversation[start : start + size]
+                    row = {"conversations": [{**first, "content": f"<image>\n{first['content']}"}, *others], "image": image}
+                    row |= {"prefer": {"choices": ["yes", "no"]}, "test": {"contents": contents}}.get(kind, {})
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        parser = argparse.ArgumentParser(description="Write questions for what is in an image: see examples/dpo.py.")
+        parser.add_argument("folder", type=Path, help="folder to write")
+        parser.add_argument(
+            "--images", type=int, nargs=3, default=[4000, 1000, 600], help="in each file (default: %(default)s)"
+        )
+        given = parser.parse_args()
+        write_presence_set(given.folder, *given.images)

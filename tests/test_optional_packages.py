@@ -22,6 +22,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+QUESTIONS = ["--model", "m", "--data_files", "d", "--eval_files", "e", "--image_folder", "i", "--output_dir", "o"]
 SCRIPTS = [str(path.relative_to(ROOT)) for folder in ("convert", "examples") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
@@ -44,6 +45,8 @@ def test_help_without_the_optional_packages(script):
         ("examples/web_demo.py", ["--model", "m"], "demo"),
         ("examples/attention_map.py", ["--model", "m", "--image", "a.png", "?"], "train"),
         ("convert/to_gguf.py", ["--model", "m", "--output", "o"], "gguf"),
+        ("examples/grpo.py", QUESTIONS, "train,trl"),
+        ("examples/dpo.py", QUESTIONS, "train,trl"),
         ("convert/to_onnx.py", ["--model", "m", "--output", "o"], "onnx"),
     ],
 )

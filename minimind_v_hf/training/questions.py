@@ -1,0 +1,143 @@
+"""What training by reward and by preference needs beside TRL's trainers: single questions, and SFT to compare with.
+
+rows = read_questions(["train.jsonl"], "images", "How many")
+data = prompts(rows)                      # as TRL's trainers take it
+imitate(model, processor, rows, 60, ...)  # plain SFT on the right answers, for a minute
+ask(model, processor, rows)               # the rows with the model's answers
+"""
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..chat import answer_questions, encode_questions
+from ..configuration_minimind_v import IMAGE_PLACEHOLDER
+from ..data import MiniMindVCollator, read_conversations, tokenize_conversations
+from ..data.images import read_image
+from ..measures import right_answer, wilson_interval, yes_no_scores
+
+
+def read_questions(
+    data_files: Iterable[str | os.PathLike], image_folder: str | os.PathLike, questions: str = ""
+) -> list[dict[str, Any]]:
+    """Each answer of the assistant as the end of a conversation of its own, with what was said before.
+
+    Args:
+        data_files: as `read_conversations` takes them; their answers are the right ones.
+        image_folder: the folder or zip archive that names of images are relative to.
+        questions: a regular expression; those questions are taken that it is found in.
+
+    Returns:
+        `conversations`, `images`, and `choices` where the row has them, which then belong to its last answer.
+
+    Raises:
+        ValueError: a row cannot be understood, `questions` is no regular expression, or no question is left.
+    """
+    try:
+        pattern = re.compile(questions)
+    except re.error as error:
+        raise ValueError(f"questions={questions!r}: expected a regular expression ({error}).") from error
+    rows = []
+    for file in data_files:
+        for _, raw, row in read_conversations(file, image_folder):
+            messages = row.conversations
+            for end in range(2, len(messages) + 1):
+                if messages[end - 1]["role"] != "assistant" or not pattern.search(messages[end - 2]["content"]):
+                    continue
+                choices = raw.get("choices") if end == len(messages) else None
+                images = row.images[: sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages[:end])]
+                rows.append({"conversations": messages[:end], "images": images, "choices": choices})
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, data_files))}: there is no answered question in which {questions!r} is found.")
+    return rows
+
+
+def prompts(rows: Iterable[dict[str, Any]], **columns: list) -> Dataset:
+    """What TRL's trainers read: `prompt` (messages) and `images` of each row, which are read when they are used.
+
+    TRL would put all images before the text. So the contents are lists, which have each image in its place.
+
+    Args:
+        rows: as `read_questions` gives them.
+        columns: further ones, such as what a reward function is to know.
+    """
+    messages = [
+        [{"role": message["role"], "content": _items(message["content"])} for message in row["conversations"][:-1]]
+        for row in rows
+    ]
+    data = Dataset.from_dict({"prompt": messages, "images": [row["images"] for row in rows], **columns})
+
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        return {**batch, "images": [[read_image(source) for source in images] for images in batch["images"]]}
+
+    return data.with_transform(read)
+
+
+def _items(text: str) -> list[dict[str, str]]:
+    parts = re.split(f"({IMAGE_PLACEHOLDER})", text)
+    return [{"type": "image"} if part == IMAGE_PLACEHOLDER else {"type": "text", "text": part} for part in parts if part]
+
+
+def ask(model, processor, rows: list[dict[str, Any]], batch_size: int = 50) -> list[dict[str, Any]]:
+    """The rows with "answer", which is greedy, and "right": whether it is the right one, letter by letter."""
+    answered = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        images = [[read_image(source) for source in row["images"]] for row in batch]
+        inputs = encode_questions(processor, [row["conversations"][:-1] for row in batch], images)
+        answers = answer_questions(model, processor, inputs)
+        answered += [
+            {**row, "answer": text, "right": text == right_answer(row)} for row, text in zip(batch, answers, strict=True)
+        ]
+    return answered
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = time.perf_counter() >= self.end
+
+
+def imitate(model, processor, rows: list[dict[str, Any]], seconds: float, args: TrainingArguments) -> None:
+    """Plain SFT on the right answers for so long: what another way of training is to be compared with."""
+    data = Dataset.from_list([{"conversations": row["conversations"], "images": row["images"]} for row in rows])
+    Trainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize_conversations(data, processor),
+        data_collator=MiniMindVCollator(processor),
+        callbacks=[_StopAfter(seconds)],
+    ).train()
+
+
+# ── What the scripts share ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def question_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a script that trains on questions: where it starts from, its data and its output folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of the model to start from")
+    parser.add_argument("--data_files", required=True, nargs="+", help="rows with the right answers")
+    parser.add_argument("--eval_files", required=True, nargs="+", help="held-out rows")
+    parser.add_argument("--image_folder", required=True, help="folder or zip archive that holds the images")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write")
+    return parser
+
+
+def summary(name: str, rows: list[dict[str, Any]]) -> str:
+    """A line that says how many answers are exact, and how many say yes where that is asked."""
+    right = sum(row["right"] for row in rows)
+    low, high = wilson_interval(right, len(rows))
+    line = f"{name:<24}{right / len(rows):>7.1%} ({100 * low:.1f}–{100 * high:.1f}) of {len(rows)} held-out answers are exact"
+    if scores := yes_no_scores((row["answer"], right_answer(row)) for row in rows):
+        line += f"; {scores.yes:.1%} say yes, {scores.precision:.1%} of them rightly"
+    return line

@@ -1,0 +1,196 @@
+"""Training by reward and by preference: what TRL is given, and the two scripts as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_image, make_model, make_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from minimind_v_hf.measures import presence_questions
+from minimind_v_hf.shapes import write_presence_set
+from minimind_v_hf.training.questions import ask, prompts, read_questions
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, its images, and rows in each of which two questions are answered."""
+    folder = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    make_model().save_pretrained(folder / "start")
+    make_processor().save_pretrained(folder / "start")
+    (folder / "images").mkdir()
+    rows = []
+    for colour in ("red", "green", "blue", "white", "black", "yellow"):
+        make_image(colour).save(folder / "images" / f"{colour}.png")
+        turns = [message("user", "<image>\nHow many?"), message("assistant", "two")]
+        turns += [message("user", "What colour?"), message("assistant", colour)]
+        rows.append({"conversations": turns, "image": f"{colour}.png", "choices": [colour, "grey"]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(script, home, output, *arguments):
+    pytest.importorskip("trl")
+    command = [sys.executable, ROOT / "examples" / script, "--model", home / "start", "--image_folder", home / "images"]
+    command += ["--data_files", home / "rows.jsonl", "--eval_files", home / "rows.jsonl", "--output_dir", output, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+
+
+# ── What TRL is given ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_answer_is_a_question_of_its_own_with_what_was_said_before(home):
+    rows = read_questions([home / "rows.jsonl"], home / "images")
+    assert len(rows) == 12
+    first, second = rows[:2]
+    assert first["conversations"] == [message("user", "<image>\nHow many?"), message("assistant", "two")]
+    assert [turn["content"] for turn in second["conversations"]] == ["<image>\nHow many?", "two", "What colour?", "red"]
+    assert [Path(image).name for image in first["images"] + second["images"]] == ["red.png", "red.png"]
+    assert (first["choices"], second["choices"]) == (None, ["red", "grey"])
+    asked = read_questions([home / "rows.jsonl"], home / "images", "colou?r")
+    assert [row["conversations"][-1]["content"] for row in asked] == ["red", "green", "blue", "white", "black", "yellow"]
+    with pytest.raises(ValueError, match=r"rows\.jsonl: there is no answered question in which 'Where' is found"):
+        read_questions([home / "rows.jsonl"], home / "images", "Where")
+
+
+def test_prompts_have_the_tokens_of_training_and_read_their_images_when_used(home):
+    rows = read_questions([home / "rows.jsonl"], home / "images")
+    data = prompts(rows, right=["a"] * 12)
+    row = data[1]
+    assert row["right"] == "a"
+    assert [image.size for image in row["images"]] == [(20, 20)]
+    types = [[item["type"] for item in turn["content"]] for turn in row["prompt"]]
+    assert types == [["image", "text"], ["text"], ["text"]]
+    processor = make_processor()
+    expected = processor.apply_chat_template(rows[1]["conversations"][:-1], add_generation_prompt=True)
+    assert processor.apply_chat_template(row["prompt"], add_generation_prompt=True) == expected
+
+
+def test_the_processor_takes_what_trl_passes():
+    processor = make_processor()
+    text = ["<image>\nHow many?", "<image>What colour is it?"]
+    options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+    left = processor(images=[[make_image()], [make_image("blue")]], text=text, padding_side="left", **options)
+    assert left["pixel_values"].shape == (2, 3, 16, 16)
+    assert not left["attention_mask"][:, 0].all()
+    assert left["attention_mask"][:, -1].all()
+    right = processor(text=["yes", "no, nothing"], padding_side="right", **options)
+    assert set(right) == {"input_ids", "attention_mask"}
+    assert right["attention_mask"][:, 0].all()
+    assert not right["attention_mask"][:, -1].all()
+
+
+# ── The scripts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_exact_rewards_the_right_answer_alone():
+    from grpo import exact
+
+    completions = [[message("assistant", text)] for text in ("two", " two\n", "two two", "", "Two")]
+    assert exact(completions=completions, right=["two"] * 5, images=[]) == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("script", "method"), [("grpo.py", "reward"), ("dpo.py", "preference")])
+def test_a_run_leaves_a_model_curves_and_answers(home, tmp_path, script, method):
+    options = ["--max_steps", 2, *(["--questions", ""] if script == "grpo.py" else [])]
+    done = run(script, home, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("reward.png", "answers.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    lines = [line for line in done.stdout.splitlines() if "held-out answers are exact" in line]
+    assert [line.split("  ")[0] for line in lines[:2]] == ["before", "before"]
+    assert f"s of {method} " in lines[2]
+    assert "s of plain SFT " in lines[3]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert len(ask(model, processor, read_questions([home / "rows.jsonl"], home / "images"))) == 12
+
+
+def test_preference_makes_the_preferred_answer_likelier_than_the_rejected_one(home, tmp_path):
+    done = run("dpo.py", home, tmp_path / "out", "--max_steps", 20, "--learning_rate", 1e-3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_questions([home / "rows.jsonl"], home / "images", "colour")
+    margins = []
+    for folder in (home / "start", tmp_path / "out"):
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        losses = []
+        for answer in ("right", "grey"):
+            turns = [
+                [*row["conversations"][:-1], message("assistant", row["choices"][0] if answer == "right" else answer)]
+                for row in rows
+            ]
+            prompt, whole = (
+                processor(
+                    text=processor.apply_chat_template(texts, add_generation_prompt=ask),
+                    images=[row["images"] for row in rows],
+                    padding=True,
+                    padding_side="right",
+                    return_tensors="pt",
+                )
+                for texts, ask in (([turn[:-1] for turn in turns], True), (turns, False))
+            )
+            labels = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, -100)
+            for row, length in zip(labels, prompt["attention_mask"].sum(1), strict=True):
+                row[:length] = -100
+            with torch.no_grad():
+                losses.append(model(**whole, labels=labels, num_items_in_batch=1).loss.item())
+        margins.append(losses[1] - losses[0])
+    assert margins[1] > margins[0] + 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "problem"),
+    [
+        ("grpo.py", ["--questions", "Where"], "there is no answered question in which 'Where' is found."),
+        (
+            "grpo.py",
+            ["--questions", "("],
+            "expected a regular expression (missing ), unterminated subpattern at position 0).",
+        ),
+        ("grpo.py", ["--questions", "colour"], "expected at least 8 questions, got 6."),
+        ("dpo.py", ["--data_files", "plain.jsonl"], 'plain.jsonl: expected rows with other "choices" than the right answer.'),
+        ("dpo.py", ["--model", "nowhere"], None),
+    ],
+)
+def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, script, arguments, problem):
+    monkeypatch.chdir(tmp_path)
+    row = {"conversations": [message("user", "Hello?"), message("assistant", "Yes.")]}
+    Path("plain.jsonl").write_text(json.dumps(row) + "\n")
+    done = run(script, home, "out", *arguments)
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: error: ")
+    assert problem is None or last.endswith(problem)
+
+
+# ── The data of the example ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_presence_set_asks_for_what_is_there_and_what_is_not(tmp_path):
+    write_presence_set(tmp_path, 30, 10, 20)
+    teach, prefer, test = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("teach", "prefer", "test")
+    )
+    assert (len(teach), len(prefer), len(test)) == (30, 60, 20)
+    answers = [turn["content"] for row in teach for turn in row["conversations"] if turn["role"] == "assistant"]
+    assert 0.6 < answers.count("yes") / len(answers) < 0.8
+    assert all(row["choices"] == ["yes", "no"] for row in prefer)
+    for row in test:
+        question, answer = (turn["content"] for turn in row["conversations"])
+        name = question.removeprefix("<image>\nIs there a ").removesuffix(" in the image?")
+        assert (name in row["contents"]) == (answer == "yes")
+    assert presence_questions([row["contents"] for row in test])
+    assert len(read_questions([tmp_path / "teach.jsonl"], tmp_path / "images")) == 180
