@@ -31,7 +31,7 @@ def exact(completions: list[list[dict]], right: list[str], **columns) -> list[fl
 def main() -> None:
     parser = question_parser(__doc__)
     parser.add_argument("--questions", default="How many|几个", help="a regex: which to ask (default: %(default)s)")
-    parser.add_argument("--max_steps", type=int, default=200, help="updates, of 64 answers each (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=150, help="updates, of 64 answers each (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="suits the first run (default: %(default)s)")
     given = parser.parse_args()
     try:

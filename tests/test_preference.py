@@ -1,7 +1,7 @@
 """Training by reward and by preference: what TRL is given, and the two scripts as a user runs them."""
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +13,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from minimind_v_hf.measures import presence_questions
 from minimind_v_hf.shapes import write_presence_set
 from minimind_v_hf.training.questions import ask, prompts, read_questions
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def message(role, content):
@@ -40,11 +37,31 @@ def home(tmp_path_factory):
     return folder
 
 
-def run(script, home, output, *arguments):
+@pytest.fixture
+def run(home, tmp_path, monkeypatch, capsys):
+    """Runs a script; TRL is slow to import, so here and not in a process of its own. Gives exit code, stdout and stderr."""
     pytest.importorskip("trl")
-    command = [sys.executable, ROOT / "examples" / script, "--model", home / "start", "--image_folder", home / "images"]
-    command += ["--data_files", home / "rows.jsonl", "--eval_files", home / "rows.jsonl", "--output_dir", output, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+
+    def run(script, *arguments):
+        command = [
+            f"{script}.py",
+            "--model",
+            home / "start",
+            "--image_folder",
+            home / "images",
+            "--output_dir",
+            tmp_path / "out",
+        ]
+        command += ["--data_files", home / "rows.jsonl", "--eval_files", home / "rows.jsonl", *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        try:
+            importlib.import_module(script).main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 # ── What TRL is given ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,14 +118,13 @@ def test_exact_rewards_the_right_answer_alone():
     assert exact(completions=completions, right=["two"] * 5, images=[]) == [1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("script", "method"), [("grpo.py", "reward"), ("dpo.py", "preference")])
-def test_a_run_leaves_a_model_curves_and_answers(home, tmp_path, script, method):
-    options = ["--max_steps", 2, *(["--questions", ""] if script == "grpo.py" else [])]
-    done = run(script, home, tmp_path / "out", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize(("script", "method", "options"), [("grpo", "reward", ["--questions", ""]), ("dpo", "preference", [])])
+def test_a_run_leaves_a_model_curves_and_answers(home, tmp_path, run, script, method, options):
+    code, stdout, stderr = run(script, "--max_steps", 2, *options)
+    assert code == 0, stderr
     for name in ("reward.png", "answers.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    lines = [line for line in done.stdout.splitlines() if "held-out answers are exact" in line]
+    lines = [line for line in stdout.splitlines() if "held-out answers are exact" in line]
     assert [line.split("  ")[0] for line in lines[:2]] == ["before", "before"]
     assert f"s of {method} " in lines[2]
     assert "s of plain SFT " in lines[3]
@@ -117,9 +133,9 @@ def test_a_run_leaves_a_model_curves_and_answers(home, tmp_path, script, method)
     assert len(ask(model, processor, read_questions([home / "rows.jsonl"], home / "images"))) == 12
 
 
-def test_preference_makes_the_preferred_answer_likelier_than_the_rejected_one(home, tmp_path):
-    done = run("dpo.py", home, tmp_path / "out", "--max_steps", 20, "--learning_rate", 1e-3)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_preference_makes_the_preferred_answer_likelier_than_the_rejected_one(home, tmp_path, run):
+    code, _, stderr = run("dpo", "--max_steps", 20, "--learning_rate", 1e-3)
+    assert code == 0, stderr
     rows = read_questions([home / "rows.jsonl"], home / "images", "colour")
     margins = []
     for folder in (home / "start", tmp_path / "out"):
@@ -153,25 +169,25 @@ def test_preference_makes_the_preferred_answer_likelier_than_the_rejected_one(ho
 @pytest.mark.parametrize(
     ("script", "arguments", "problem"),
     [
-        ("grpo.py", ["--questions", "Where"], "there is no answered question in which 'Where' is found."),
+        ("grpo", ["--questions", "Where"], "there is no answered question in which 'Where' is found."),
         (
-            "grpo.py",
+            "grpo",
             ["--questions", "("],
             "expected a regular expression (missing ), unterminated subpattern at position 0).",
         ),
-        ("grpo.py", ["--questions", "colour"], "expected at least 8 questions, got 6."),
-        ("dpo.py", ["--data_files", "plain.jsonl"], 'plain.jsonl: expected rows with other "choices" than the right answer.'),
-        ("dpo.py", ["--model", "nowhere"], None),
+        ("grpo", ["--questions", "colour"], "expected at least 8 questions, got 6."),
+        ("dpo", ["--data_files", "plain.jsonl"], 'plain.jsonl: expected rows with other "choices" than the right answer.'),
+        ("dpo", ["--model", "nowhere"], None),
     ],
 )
-def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, script, arguments, problem):
+def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, run, script, arguments, problem):
     monkeypatch.chdir(tmp_path)
     row = {"conversations": [message("user", "Hello?"), message("assistant", "Yes.")]}
     Path("plain.jsonl").write_text(json.dumps(row) + "\n")
-    done = run(script, home, "out", *arguments)
-    assert done.returncode == 2, done.stderr[-3000:]
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"{script}: error: ")
+    code, _, stderr = run(script, *arguments)
+    assert code == 2, stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script}.py: error: ")
     assert problem is None or last.endswith(problem)
 
 
