@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 from .arguments_minimind_v import CACHE, check_lengths, takes_cache
 from .head_minimind_v import ImageGenerationMixin
+from .modeling_minimind_v import MiniMindVModel
 
 
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -51,6 +52,7 @@ class MiniMindVOnnxModel(PreTrainedModel, ImageGenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _supports_sdpa = True  # nothing here asks for an attention function, so any choice will do
+    has_placeholders, get_placeholder_mask = MiniMindVModel.has_placeholders, MiniMindVModel.get_placeholder_mask
 
     def __init__(self, config: LlavaConfig, sessions: dict[str, Any]):
         super().__init__(config)
@@ -184,20 +186,6 @@ class MiniMindVOnnxModel(PreTrainedModel, ImageGenerationMixin):
             return embeddings
         features = images.pooler_output
         return embeddings.masked_scatter(self.get_placeholder_mask(input_ids, None, features), features)
-
-    def has_placeholders(self, input_ids: torch.Tensor) -> bool:
-        """Whether there are image tokens."""
-        return bool((input_ids == self.config.image_token_id).any())
-
-    def get_placeholder_mask(self, input_ids: torch.Tensor, inputs_embeds: None, features: torch.Tensor) -> torch.Tensor:
-        """Where the image tokens are, (B, T, 1). Raises ValueError where they are not as many as the images' vectors."""
-        mask = input_ids == self.config.image_token_id
-        if mask.sum() != features.shape[0] * features.shape[1]:
-            raise ValueError(
-                f"The prompts hold {int(mask.sum())} image tokens, but {len(features)} images of {features.shape[1]} tokens "
-                "were given: pass as many images as placeholders."
-            )
-        return mask[..., None]
 
     def _past(self, cache: DynamicCache, batch: int) -> dict[str, torch.Tensor]:
         """Keys and values so far, by the names of the graph's inputs."""
