@@ -95,12 +95,12 @@ def check_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{folder} is unfinished, or of another trainer: it has no {RUN_FILE}.") from None
     except (OSError, ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged.") from None
+        raise ValueError(f"{path} is damaged: resume from another checkpoint.") from None
     for name, written in files.items():
         if not (path := Path(folder) / name).is_file():
-            raise ValueError(f"{path} is missing.")
+            raise ValueError(f"{path} is missing: resume from another checkpoint.")
         if _checksum(path) != written:
-            raise ValueError(f"{path} is damaged.")
+            raise ValueError(f"{path} is damaged: resume from another checkpoint.")
     if not any("optim" in name for name in files):
         raise ValueError(
             f"{folder} has no optimizer (--save_only_model): training cannot go on from it, but start from its weights."
