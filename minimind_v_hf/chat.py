@@ -70,12 +70,18 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder) and (path.parent == Path() or not path.parent.is_dir())
     if not path.exists() and not is_hub_id:  # the Hub would be asked for minutes where there is no network
         raise ValueError(f"Cannot load the model {folder!r}: there is no such folder.")
-    if precisions(folder):
-        return _load_onnx(folder, "fp32" if precision == "float32" else precision, **kwargs)
-    if precision in SUFFIXES:
+    is_onnx = bool(precisions(folder))
+    if is_onnx and kwargs:
+        raise ValueError(
+            f"The model {folder!r} is in ONNX, which knows nothing of {', '.join(kwargs)}: take the one it was made of."
+        )
+    if precision in SUFFIXES and not is_onnx:
         raise ValueError(f"The model {folder!r} has no precision {precision!r}: convert/to_onnx.py makes a folder that has.")
     is_bf16 = precision == "bfloat16" or (precision == "auto" and has_fast_bf16())
     try:
+        if is_onnx:
+            processor = MiniMindVProcessor.from_pretrained(folder)
+            return MiniMindVOnnxModel.from_pretrained(folder, "fp32" if precision == "float32" else precision), processor
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         processor.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
         # Other shapes are let pass here, so that all that is wrong is in one message below, and no table precedes it
@@ -96,17 +102,6 @@ def load_model(folder: str | os.PathLike, precision: str = "float32", **kwargs) 
         raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
     refuse_other_weights(folder, model, loading)
     return model.to(device).eval(), processor
-
-
-def _load_onnx(folder: str, dtype: str, **kwargs) -> tuple[PreTrainedModel, ProcessorMixin]:
-    if kwargs:
-        raise ValueError(
-            f"The model {folder!r} is in ONNX, which knows nothing of {', '.join(kwargs)}: take the one it was made of."
-        )
-    try:
-        return MiniMindVOnnxModel.from_pretrained(folder, dtype), MiniMindVProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise ValueError(f"Cannot load the model {folder!r}: {_reason(Path(folder), error)}") from error
 
 
 def refuse_other_weights(source: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:

@@ -566,7 +566,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two_checkpoin
     harm(folder / "checkpoint-8" / name)
     assert checkpoint_to_resume(args) == str(folder / "checkpoint-4")
     (warning,) = warned
-    assert f"{folder / 'checkpoint-8' / name} is {'missing' if harm is Path.unlink else 'damaged'}." in warning
+    what = "missing" if harm is Path.unlink else "damaged"
+    assert f"{folder / 'checkpoint-8' / name} is {what}: resume from another checkpoint." in warning
     args.resume_from_checkpoint = str(folder / "checkpoint-8")
     with pytest.raises(ValueError, match=f"checkpoint-8/{name} is"):
         checkpoint_to_resume(args)
