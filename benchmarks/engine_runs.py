@@ -36,15 +36,16 @@ def measure_generate(folder: Path, engine: str, precision: str, questions: list[
 
         def __call__(self, input_ids, scores, **kwargs):
             self.times.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() and engine != "ONNX Runtime" else "cpu"
     if engine == "ONNX Runtime":
         model: Any = MiniMindVOnnxModel.from_pretrained(folder / "onnx", dtype=precision)
         processor: Any = MiniMindVProcessor.from_pretrained(folder / "model")
     else:
         source = folder / ("llava" if engine == "stock LLaVA" else "model")
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).eval()
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
         processor = AutoProcessor.from_pretrained(source)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens}
     if "compiled" in engine:
@@ -69,7 +70,7 @@ def measure_generate(folder: Path, engine: str, precision: str, questions: list[
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to("cpu", dtype)
+        ).to(device, dtype)
         output = model.generate(**inputs, stopping_criteria=[clock], **options)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return text, clock.times[0] - start, [after - before for before, after in itertools.pairwise(clock.times)]
@@ -215,6 +216,7 @@ def measure_browser(folder: Path, engine: str, precision: str, questions: list[d
 def measure_limits(folder: Path, engine: str, precision: str, questions: list[dict], tokens: int) -> dict[str, Any]:
     """What the machine can do, and what an answer costs at least."""
     import torch
+    from torch.utils.benchmark import Timer
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import minimind_v_hf  # noqa: F401 (registers the Auto classes)
@@ -229,14 +231,13 @@ def measure_limits(folder: Path, engine: str, precision: str, questions: list[di
     flops = training_flops(model)
     active = flops["token"] / 2 + model.lm_head.weight.numel()  # weights that a token passes through
     first = flops["image"] + prompt * flops["token"] + prompt * (prompt + 1) / 2 * flops["pair"] + flops["label"]
-    matrix, vector, reading = torch.randn(8192, 8192), torch.randn(8192), 0.0  # more than a cache holds
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mv(matrix, vector)
-        reading = max(reading, matrix.numel() * 4 / (time.perf_counter() - start))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    factors = {"a": torch.randn(8192, 8192, device=device), "b": torch.randn(8192, device=device)}  # more than a cache holds
+    timer = Timer("a @ b", globals=factors, num_threads=torch.get_num_threads())
+    reading = factors["a"].nbytes / min(timer.timeit(1).mean for _ in range(20))
     result = {"read bytes/s": reading, "weights of a token": active, "FLOPs to the first token": first}
     for dtype in (torch.float32, *[torch.bfloat16] * has_fast_bf16()):
-        result[f"{str(dtype).split('.')[1]} FLOP/s"] = matmul_rate(torch.device("cpu"), dtype)
+        result[f"{str(dtype).split('.')[1]} FLOP/s"] = matmul_rate(device, dtype)
     return result
 
 

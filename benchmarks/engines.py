@@ -15,7 +15,8 @@ of its own, in turns; the best time of all rounds counts, since what else the ma
 The limits are what reading the weights, as fast as PyTorch's product of a matrix and a vector reads, or what the products of
 matrices would take alone. What is not installed is named and left out: transformers.js wants `npm ci --prefix
 examples/browser`, in a browser also playwright and chromium, llama.cpp the extra `gguf`, vLLM an environment of its own
-(--vllm). Prints a table in Markdown, writes it as JSON, and draws it. Needs no network.
+(--vllm). On a machine with a CUDA GPU, transformers and LLaVA run there (--engines leaves the others out). Prints a table in
+Markdown, writes it as JSON, and draws it. Needs no network.
 """
 
 import argparse

@@ -12,11 +12,14 @@ on it in these variants, each in a process of its own so that its peak memory is
     best        and with samples of like length together: stock LLaVA in its best setting
     unpacked    MiniMindVTrainer with dynamic padding, in bfloat16 where there is hardware for it
     grouped     the same, samples of like length together
+    logits      the same as grouped, but with logits at every position, not at labels alone
+    float32     the same as grouped, but in float32
     packed      the same as unpacked, but several samples in a row
     kept        grouped, with the frozen encoder's output kept on disk: what every epoch after the first costs
 
-On a CPU that others use too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and
-writes it as JSON, with what it was measured on.
+All but `stock` and `packed` see the same samples, and the loss is the mean over the measured steps. On a CPU that others use
+too, its time tells more than the clock's. Needs no network. Prints a table in Markdown, and writes it as JSON, with what it
+was measured on.
 """
 
 import argparse
@@ -27,16 +30,19 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from peer import make_llava, make_llava_processor, make_model, make_processor, make_tokenizer, make_words
 from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers import __version__ as transformers_version
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.data import MiniMindVCollator, load_conversations, pack, tokenize_conversations
@@ -51,11 +57,12 @@ from minimind_v_hf.training import (
 
 
 PEERS = ("stock", "frozen", "fair", "bf16", "best")  # each has what the one before it has, and one thing more
-VARIANTS = (*PEERS, "unpacked", "grouped", "packed", "kept")
+VARIANTS = (*PEERS, "unpacked", "grouped", "logits", "float32", "packed", "kept")
 STAGES = {
     "pretrain": {"trainable": "projector", "max_length": 640, "batch": 16, "pack_length": 1280},
     "sft": {"trainable": "llm", "max_length": 1536, "batch": 4, "pack_length": 1536},
 }
+WORKERS = 8 if torch.cuda.is_available() else 0  # on a CPU they would only take turns
 WARM_UP = 1  # steps that are not measured
 
 
@@ -127,11 +134,23 @@ def load_processor(folder: Path) -> MiniMindVProcessor:
     return make_processor(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
 
 
+def arrange(data: Dataset, lengths: Sequence[int], batch: int, steps: int, grouped: bool) -> Dataset:
+    """As many rows as there are steps, those after the warm-up as they come or, as in a long run, grouped by length."""
+    start, end = WARM_UP * batch, (WARM_UP + steps) * batch
+    order = list(range(end))
+    if grouped:
+        generator = torch.Generator().manual_seed(0)
+        order[start:] = [start + i for i in get_length_grouped_indices(lengths[start:end], batch, steps, generator)]
+    return data.select(order)
+
+
 def run_peer(folder: Path, stage: dict, arguments: argparse.Namespace, variant: str) -> Trainer:
     """As a user of transformers would write it: a processor call for each batch, and everything else by default."""
     frozen, dynamic, bf16, grouped = (PEERS.index(variant) >= PEERS.index(peer) for peer in PEERS[1:])
     ours = load_processor(folder)
     model, processor = make_llava(ours.image_token_id), make_llava_processor(ours)
+    if arguments.attention:
+        model.set_attn_implementation(arguments.attention)
     if frozen:
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
@@ -150,8 +169,10 @@ def run_peer(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
         output_dir=str(folder / variant),
         max_steps=arguments.steps + WARM_UP,
         per_device_train_batch_size=stage["batch"] if frozen else 8,
-        train_sampling_strategy="group_by_length" if grouped else "random",
+        train_sampling_strategy="sequential",
         bf16=bf16 and has_fast_bf16(),
+        dataloader_num_workers=WORKERS if grouped else 0,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -159,8 +180,9 @@ def run_peer(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
         use_cpu=not torch.cuda.is_available(),
     )
     data = load_conversations(folder / "train.jsonl", folder / "images")
-    if grouped:
-        data = data.add_column("length", tokenize_conversations(data, ours, stage["max_length"])["length"])
+    data = arrange(
+        data, tokenize_conversations(data, ours, stage["max_length"])["length"], stage["batch"], arguments.steps, grouped
+    )
     return Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
 
 
@@ -169,8 +191,14 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
     model = make_model(processor)
     freeze(model, stage["trainable"])
     data = tokenize_conversations(load_conversations(folder / "train.jsonl", folder / "images"), processor, stage["max_length"])
-    bf16 = has_fast_bf16()
+    if arguments.attention:
+        model.set_attn_implementation(arguments.attention)
+    if variant == "logits":
+        model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"skip_logits": False}), with_kwargs=True)
+    bf16 = has_fast_bf16() and variant != "float32"
     collator = MiniMindVCollator(processor, uint8_pixels=variant != "kept")
+    if variant != "packed":
+        data = arrange(data, data["length"], stage["batch"], arguments.steps, variant != "unpacked")
     if variant == "kept":
         if torch.cuda.is_available():
             model.cuda()
@@ -181,20 +209,22 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
             collator.cache.encode_missing(model, (), send_to_device(batch, model.device))
     batch_size = stage["batch"]
     if variant == "packed":
-        data = pack(data, stage["pack_length"])
         batch_size = max(1, batch_size * 380 // stage["pack_length"])  # a sample has 380 tokens or so
+        rows_in_one = batch_size if "flash" in arguments.attention else 1  # which keeps samples apart in one row only
+        data, batch_size = pack(data, stage["pack_length"] * rows_in_one), batch_size // rows_in_one
     args = TrainingArguments(
         **native_recipe()
         | {
             "output_dir": str(folder / variant),
             "max_steps": arguments.steps + WARM_UP,
             "per_device_train_batch_size": batch_size,
-            "train_sampling_strategy": "group_by_length" if variant in ("grouped", "kept") else "random",
+            "train_sampling_strategy": "sequential",
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
-            "dataloader_num_workers": 8 if torch.cuda.is_available() else 0,  # on a CPU they would only take turns
-            "logging_steps": arguments.steps + WARM_UP,
+            "bf16": bf16,
+            "dataloader_num_workers": WORKERS,
+            "logging_steps": 1,
         }
     )
     return MiniMindVTrainer(model=model, args=args, train_dataset=data, data_collator=collator, processing_class=processor)
@@ -202,7 +232,7 @@ def run_ours(folder: Path, stage: dict, arguments: argparse.Namespace, variant: 
 
 def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one variant, in this process."""
-    stage = STAGES[arguments.stage]
+    stage = STAGES[arguments.stage] | ({"batch": arguments.batch} if arguments.batch else {})
     trainer = (run_peer if variant in PEERS else run_ours)(folder, stage, arguments, variant)
     counter = Counter(trainer, load_processor(folder).tokenizer.pad_token_id)
     watch = Stopwatch()
@@ -210,6 +240,7 @@ def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[s
     trainer.train()
     seconds, cpu_seconds = (end - start for start, end in zip(watch.started, watch.ended, strict=True))
     samples, tokens, positions = counter.measured()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry][WARM_UP:]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -220,6 +251,8 @@ def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[s
         "peak_gigabytes": peak / 1e9,
         "padding_share": 1 - tokens / positions,
         "cpu_seconds_per_sample": cpu_seconds / samples,
+        "loss": sum(entry["loss"] for entry in logs) / len(logs),
+        "matrix_rate_share": sum(entry["mfu"] for entry in logs) / len(logs) if variant not in PEERS else None,
     }
 
 
@@ -284,10 +317,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps to measure, after a warm-up (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="whose recipe (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=512, help="rows of data (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="samples in a step, but in stock's defaults (default: the recipe's)")
+    parser.add_argument("--attention", default="", help="attn_implementation, such as flash_attention_2 (default: sdpa)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-training"), help="folder (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="which to measure (default: all)")
     parser.add_argument("--only", choices=[*VARIANTS, "profile"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rows < (WARM_UP + arguments.steps) * (arguments.batch or STAGES[arguments.stage]["batch"]):
+        parser.error(f"--rows {arguments.rows}: expected a batch for each of --steps {arguments.steps}, and one to warm up.")
     data = arguments.output / f"data-{arguments.rows}"
     if arguments.only:
         result = profile(data, arguments) if arguments.only == "profile" else measure(arguments.only, data, arguments)
@@ -308,12 +345,25 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers_version,
         "stage": arguments.stage,
+        "attention": arguments.attention or "sdpa",
         "steps": arguments.steps,
     }
     (arguments.output / "results.json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
 
     print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    columns = ("", "samples/s", "of stock", "of best", "CPU s/sample", "of stock", "of best", "peak memory", "padding")
+    columns = (
+        "",
+        "samples/s",
+        "of stock",
+        "of best",
+        "CPU s/sample",
+        "of stock",
+        "of best",
+        "peak memory",
+        "padding",
+        "loss",
+        "of the matrix rate",
+    )
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for variant in arguments.variants:
         row = results[variant]
@@ -321,7 +371,8 @@ def main() -> None:
         clock = [f"{row['samples_per_second'] / peer['samples_per_second']:.2f} x" if peer else "" for peer in peers]
         work = [f"{peer['cpu_seconds_per_sample'] / row['cpu_seconds_per_sample']:.2f} x" if peer else "" for peer in peers]
         cells = [variant, f"{row['samples_per_second']:.2f}", *clock, f"{row['cpu_seconds_per_sample']:.2f}", *work]
-        print(f"| {' | '.join(cells)} | {row['peak_gigabytes']:.2f} GB | {row['padding_share']:.0%} |")
+        cells += [f"{row['peak_gigabytes']:.2f} GB", f"{row['padding_share']:.0%}", f"{row['loss']:.3f}"]
+        print(f"| {' | '.join(cells)} | {f'{share:.0%}' if (share := row['matrix_rate_share']) else ''} |")
     print("\n| a sample, unpacked | ms (on a CPU, of its own time) |\n|---|---|")
     for name, value in results["profile"].items():
         print(f"| {name} | {1000 * value:.1f} |")
