@@ -1,6 +1,7 @@
 """The examples as a user runs them: real processes, on small data."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -133,3 +134,15 @@ def test_questions_have_the_right_answers():
     assert sorted(things_first.answer[0].split(", ")) == ["red ring bottom left", "red ring top right"]
     assert sorted(things_first.answer[1].split("，")) == ["红色圆环右上", "红色圆环左下"]
     assert len(all_scenes()) == 13 ** len(PLACES) - 1
+
+
+def test_the_measurements_on_a_gpu_say_in_one_line_that_there_is_none(tmp_path):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    described = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "bash benchmarks/gpu.sh [FOLDER]" in described.stdout
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=False, env=environment)
+    assert refused.returncode == 1
+    assert refused.stderr == "gpu.sh: PyTorch sees no CUDA GPU here.\n"
+    assert not (tmp_path / "out").exists()
