@@ -5,7 +5,7 @@ plausible but false one less likely.
     python -m minimind_v_hf.shapes runs/presence
     python examples/sft.py --model runs/quickstart/model --data_files runs/presence/teach.jsonl \\
         --image_folder runs/presence/images --output_dir runs/yes --trainable all --learning_rate 5e-4 \\
-        --per_device_train_batch_size 8 --num_train_epochs 1
+        --per_device_train_batch_size 8 --num_train_epochs 1 --bf16 false
     python examples/dpo.py --model runs/yes --data_files runs/presence/prefer.jsonl \\
         --eval_files runs/presence/test.jsonl --image_folder runs/presence/images --output_dir runs/dpo
 
@@ -28,8 +28,8 @@ from minimind_v_hf.training.questions import ask, imitate, prompts, question_par
 @errors_in_one_line()
 def main() -> None:
     parser = question_parser(__doc__)
-    parser.add_argument("--max_steps", type=int, default=300, help="updates, of 16 pairs each (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="suits the first run (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=150, help="updates, of 16 pairs each (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="suits the first run (default: %(default)s)")
     given = parser.parse_args()
     try:
         from trl import DPOConfig, DPOTrainer
@@ -77,6 +77,10 @@ def main() -> None:
     trainer.save_model()
     make_readable(given.output_dir)
     after = ask(model, processor, held_out)
+    names = {"rewards/chosen": "preferred", "rewards/rejected": "rejected"}
+    draw_curves(trainer.state.log_history, given.output_dir / "reward.png", names, "reward")
+    changes = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
+    draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
 
     # ── The same start and the same time, with right answers to imitate ──
     model, processor = load_start(RunArguments(model=given.model), args)
@@ -84,10 +88,6 @@ def main() -> None:
     imitated = ask(model, processor, held_out)
 
     # ── What came out ──
-    names = {"rewards/chosen": "preferred", "rewards/rejected": "rejected"}
-    draw_curves(trainer.state.log_history, given.output_dir / "reward.png", names, "reward")
-    changes = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
-    draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
     print(summary("before", before))
     print(summary(f"{seconds:.0f} s of preference", after))
     print(summary(f"{seconds:.0f} s of plain SFT", imitated))

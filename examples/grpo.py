@@ -86,6 +86,9 @@ def main() -> None:
     trainer.save_model()
     make_readable(given.output_dir)
     after = ask(model, processor, held_out)
+    draw_curves(trainer.state.log_history, given.output_dir / "reward.png", {"reward": "mean of ten steps"}, "reward")
+    changes = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
+    draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
 
     # ── The same start and the same time, with right answers to imitate ──
     model, processor = load_start(RunArguments(model=given.model), args)
@@ -93,9 +96,6 @@ def main() -> None:
     imitated = ask(model, processor, held_out)
 
     # ── What came out ──
-    draw_curves(trainer.state.log_history, given.output_dir / "reward.png", {"reward": "mean of ten steps"}, "reward")
-    changes = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
-    draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
     print(summary("before", before))
     print(summary(f"{seconds:.0f} s of reward", after))
     print(summary(f"{seconds:.0f} s of plain SFT", imitated))

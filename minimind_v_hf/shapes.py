@@ -196,10 +196,15 @@ def write_presence_set(folder: Path, teach: int, prefer: int, test: int, seed: i
         prefer: images with six questions each, in rows of their own.
         test: held-out images with a question each.
         seed: of everything random.
+
+    Raises:
+        ValueError: there are not so many scenes.
     """
-    rng = random.Random(seed)
+    rng, possible = random.Random(seed), all_scenes()
+    if min(teach, prefer, test) < 1 or teach + prefer + test > len(possible):
+        raise ValueError(f"{teach}, {prefer} and {test} images: expected 1 or more, and {len(possible)} in all at most.")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    scenes = iter(rng.sample(all_scenes(), teach + prefer + test))
+    scenes = iter(rng.sample(possible, teach + prefer + test))
     names = [f"{colour[0]} {shape[0]}" for shape, colour in itertools.product(SHAPES, COLOURS)]
     for kind, count, turns, share in (("teach", teach, 6, 0.7), ("prefer", prefer, 6, 0.5), ("test", test, 1, 0.5)):
         with open(folder / f"{kind}.jsonl", "w", encoding="utf-8") as file:

@@ -210,3 +210,5 @@ def test_a_presence_set_asks_for_what_is_there_and_what_is_not(tmp_path):
         assert (name in row["contents"]) == (answer == "yes")
     assert presence_questions([row["contents"] for row in test])
     assert len(read_questions([tmp_path / "teach.jsonl"], tmp_path / "images")) == 180
+    with pytest.raises(ValueError, match="30000, 10 and 20 images: expected 1 or more, and 28560 in all"):
+        write_presence_set(tmp_path, 30_000, 10, 20)
