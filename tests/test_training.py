@@ -1254,3 +1254,28 @@ def test_accelerate_understands_the_configurations(path):
     assert config.num_processes == 2
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
     assert config.mixed_precision == "no"  # another value would override the scripts' --bf16
+
+
+def test_caches_do_not_mix(tmp_path):
+    """Neither where a run replaces the folder of another, which still writes, nor where a model has two."""
+    image = str(tmp_path / "image.png")
+    make_image("red").save(image)
+    rows = [{"input_ids": [make_processor().image_token_id] * 16, "labels": [-100] * 15 + [1], "images": [image]}]
+
+    def cached(model, folder):
+        freeze(model, "llm")
+        return cache_features(model, MiniMindVCollator(make_processor()), [Dataset.from_list(rows)], tmp_path / folder)
+
+    model, other = make_model(), make_model()
+    before = cached(model, "one")
+    batch = before(rows)
+    ours = cached(other, "one")
+    model(**batch)
+    assert len(before.cache.read([image])[1]) == len(ours.cache.read([image])[1]) == 1
+
+    second = cached(other, "two")
+    other(**ours(rows))
+    assert len(second.cache.read([image])[1]) == 1
+    vectors, missing = ours.cache.read([image])
+    assert not len(missing)
+    assert not torch.equal(vectors, batch["mm_encoder_outputs"]["image"].last_hidden_state)

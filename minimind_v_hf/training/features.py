@@ -24,6 +24,9 @@ from .checkpoints import encoder_digest
 from .freezing import is_frozen
 
 
+_ARRAYS = ("features.npy", "checksums.npy")
+
+
 def _name(source: str | bytes) -> str:
     return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else str(source)
 
@@ -46,9 +49,8 @@ class FeatureCache:
         self.origin: str = index["origin"]
         self.states: dict[str, list[int]] = index["images"]
         self.rows: dict[str, int] = {name: row for row, name in enumerate(self.states)}
-        self._features, self._checksums = (
-            np.load(self._folder / name, mmap_mode="r") for name in ("features.npy", "checksums.npy")
-        )
+        self._features, self._checksums = (np.load(self._folder / name, mmap_mode="r") for name in _ARRAYS)
+        self._opened = [os.stat(self._folder / name) for name in _ARRAYS]
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return FeatureCache, (self._folder,)
@@ -58,29 +60,31 @@ class FeatureCache:
 
         Returns:
             Their patch vectors (images, patches, width), in float32 or bfloat16, and those that are still to be encoded:
-            their places among `sources` and their rows in the cache, (missing, 2).
+            their places among `sources`, their rows in the cache, and the number of its file, (missing, 3).
         """
         rows = [self.rows[_name(source)] for source in sources]
         vectors = self._features[rows]
         missing = [
-            (place, row)
+            (place, row, self._opened[0].st_ino)
             for place, row in enumerate(rows)
             if not self._checksums[row] or _checksum(vectors[place]) != self._checksums[row]
         ]
         tensor = torch.from_numpy(vectors)
         tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
-        return tensor, torch.tensor(missing, dtype=torch.long).view(-1, 2)
+        return tensor, torch.tensor(missing, dtype=torch.long).view(-1, 3)
 
     def write(self, rows: list[int], vectors: torch.Tensor) -> None:
-        """Keep patch vectors (images, patches, width) in these rows."""
+        """Keep patch vectors (images, patches, width) in these rows, unless another run has replaced the folder since."""
         vectors = vectors.cpu()
         arrays = (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
         # Not through the map, where a full disk would end the process without a word
-        for name, stored, values in (
-            ("features.npy", self._features, list(arrays)),
-            ("checksums.npy", self._checksums, [np.uint32(_checksum(array)) for array in arrays]),
+        checksums = [np.uint32(_checksum(array)) for array in arrays]
+        for name, opened, stored, values in zip(
+            _ARRAYS, self._opened, (self._features, self._checksums), (list(arrays), checksums), strict=True
         ):
             with open(self._folder / name, "r+b") as file:
+                if not os.path.samestat(os.fstat(file.fileno()), opened):
+                    return  # its rows are other images, or another encoder's
                 for row, value in zip(rows, values, strict=True):
                     file.seek(stored.offset + row * value.nbytes)
                     file.write(value.tobytes())
@@ -101,9 +105,10 @@ class FeatureCache:
         Raises:
             ValueError: each process has a part of the encoder alone, and all would have to encode together.
         """
-        uncached = kwargs.pop("uncached", None)
-        if uncached is None:
+        uncached = kwargs.get("uncached")
+        if uncached is None or uncached[0, 2] != self._opened[0].st_ino:  # of another cache of this model
             return args, kwargs
+        del kwargs["uncached"]
         tower, pixels = model.model.vision_tower, kwargs.pop("pixel_values")
         if is_sharded(tower):
             raise ValueError(
@@ -111,7 +116,7 @@ class FeatureCache:
                 "ZeRO-3: fill it in a run without."
             )
         vectors = kwargs["mm_encoder_outputs"]["image"].last_hidden_state
-        places, rows = uncached.unbind(1)
+        places, rows, _ = uncached.unbind(1)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=vectors.dtype == torch.bfloat16):
             encoded = tower(pixels.to(tower.dtype)).last_hidden_state[:, -vectors.shape[1] :].to(vectors.dtype)
         self.write(rows.tolist(), encoded)
