@@ -78,15 +78,15 @@ def detect(
     Args:
         shapes: of all tensors, by native name.
         native_config: config.json of a native folder, or an empty dict.
-        options: what the user tells of the language model, by the fields of our configuration; `vocab_size` is the
-            tokenizer's.
+        options: what the user tells of the language model, by the fields of our configuration, or None; `vocab_size` is
+            the tokenizer's.
         vision_config, image_token_id: of the encoder and of the tokenizer; None for a language model alone.
     """
     generation = detect_generation(shapes)
     # Field: (value, where it is from)
     native = {name: native_config.get(name, native_config.get(FIRST_NAMES.get(name, name))) for name in _NATIVE_FIELDS}
     known = {name: (value, "config.json") for name, value in native.items() if value is not None}
-    known |= {name: (value, _flag(name)) for name, value in options.items()}
+    known |= {name: (value, _flag(name)) for name, value in options.items() if value is not None}
     sizes = _sizes(shapes, generation, known.get("num_attention_heads", (DEFAULT_HEADS,))[0])
     for name, (value, source) in known.items():
         if sizes.get(name, value) != value:
@@ -95,7 +95,7 @@ def detect(
     known = {name: (value, "published default") for name, value in published.items()} | known
     known |= {name: (value, "weights") for name, value in sizes.items()}
     if not sizes["num_experts"]:
-        if "num_experts_per_tok" in options:
+        if options.get("num_experts_per_tok") is not None:
             raise ConversionError("--num-experts-per-tok was given, but this is a dense model, without experts")
         known = {name: entry for name, entry in known.items() if name not in _PUBLISHED_OF_EXPERTS}
     rope = _rope(native_config, known["max_position_embeddings"][0])

@@ -72,11 +72,8 @@ def convert(
 
     # ── What the file holds ──
     native = read_native_weights(weights)
-    options = {"vocab_size": len(native_tokenizer)}
-    if num_attention_heads is not None:
-        options["num_attention_heads"] = num_attention_heads
-    if num_experts_per_tok is not None:
-        options["num_experts_per_tok"] = num_experts_per_tok
+    options = {"num_attention_heads": num_attention_heads, "num_experts_per_tok": num_experts_per_tok}
+    options["vocab_size"] = len(native_tokenizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in native.tensors.items()}
     with explained(f"the architecture of {weights} cannot be read"):
         architecture = detect(shapes, native.config, options, vision_config, image_token_id)
