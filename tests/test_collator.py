@@ -241,6 +241,8 @@ def test_augmentation_moves_pixels_a_little_in_training_alone(dtype):
     assert ((black.sum((1, 2)) > 60) & (black.sum((1, 2)) < 150)).all()
     assert black[:, :, 20:].sum() == 0
     assert set(changed[:, 0, 0, 0].tolist()) == {pixels.max().item()}  # the edge goes on
+    grey = augment(pixels / 2)
+    assert ((grey > 0) & (grey < grey.max())).any()
     assert torch.equal(augment.eval()(pixels), pixels)
     assert torch.equal(RandomAffine(0)(pixels), pixels)
     assert augment.train()(pixels[:0]).shape == (0, 3, 40, 40)

@@ -1090,9 +1090,9 @@ def test_held_out_images_are_not_augmented(home, rows, tmp_path, monkeypatch):
     """Training images change from step to step, held-out ones are what they are; without the option all are."""
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "gradient.png")
     rows = rows.map(lambda row: {"images": [str(tmp_path / "gradient.png")] * len(row["images"])})
-    for strength in (0.0, 0.1):
+    for strength, uint8_pixels in ((0.0, True), (0.1, True), (0.1, False)):
         trainer = make_trainer(home, rows, tmp_path / str(strength), augment=strength, eval_dataset=rows)
-        trainer.data_collator.uint8_pixels = True
+        trainer.data_collator.uint8_pixels = uint8_pixels
         seen = {True: [], False: []}
         compute_loss = trainer.compute_loss
 

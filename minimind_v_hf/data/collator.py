@@ -69,7 +69,7 @@ class RandomAffine(nn.Module):
         moves = torch.empty(len(pixels), 2, 3, device=pixels.device).uniform_(-self.strength, self.strength)
         grid = nn.functional.affine_grid(moves + torch.eye(2, 3, device=pixels.device), list(pixels.shape), align_corners=False)
         changed = nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-        return changed.round().to(pixel_values.dtype)
+        return changed.to(pixel_values.dtype) if pixel_values.is_floating_point() else changed.round().to(pixel_values.dtype)
 
 
 @dataclass

@@ -136,9 +136,9 @@ class MiniMindVTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
-        if pixels is not None and not pixels.is_floating_point():
-            self._augment.train(self.model.training)
-            inputs["pixel_values"] = self._normalize_pixels(self._augment(pixels))
+        if pixels is not None:
+            pixels = self._augment.train(self.model.training)(pixels)
+            inputs["pixel_values"] = pixels if pixels.is_floating_point() else self._normalize_pixels(pixels)
         return inputs
 
     @functools.cached_property
