@@ -167,7 +167,7 @@ def finished_rows(unfinished: Path, settings: dict[str, Any], rows: list[dict[st
 
 def fingerprint(*sources: str | Path) -> str:
     """Tells files, and the files of folders, from what they are after a change."""
-    files = [file for source in map(Path, sources) for file in (sorted(source.rglob("*")) if source.is_dir() else [source])]
+    files = [file for source in sources for file in (sorted(Path(source).rglob("*")) if Path(source).is_dir() else [source])]
     return hashlib.sha256(repr([(str(file), file_state(str(file))) for file in files]).encode()).hexdigest()
 
 
@@ -234,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         text_only = share(sum(alone), len(alone)) if alone else "–"
         bleu = corpus_bleu(answers, right)
         score = "–" if bleu is None else f"{bleu:.1f}"
-        chosen = [row["choice_right"] for row in group if "choice" in row]
+        chosen = [row["choice_right"] for row in group if "choice_right" in row]
         choice = f"{sum(chosen) / len(chosen):.1%}" if chosen else "–"
         lines.append(
             f"{name:<19}{len(group):>6}{exact:>21}{text_only:>21}{commonest_right(group) / len(group):>11.1%}"

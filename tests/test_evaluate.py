@@ -105,6 +105,12 @@ def test_changed_files_are_noticed(tmp_path):
     assert fingerprint(tmp_path / "model") != before[0]
     assert fingerprint(tmp_path / "a.png") != before[1]
     assert fingerprint(tmp_path / "model") == fingerprint(tmp_path / "model")
+    member, states = f"zip://a.png::{tmp_path / 'a.zip'}", set()
+    for colour in ("red", "blue"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+            archive.writestr(f"{colour}.png", colour)
+        states.add(fingerprint(member))
+    assert len(states) == 2
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_table_without_choices_and_with_two_languages():
     rows = [
         row("red", "red", "colour", right_text_only=True),
         row("红", "绿", "colour", right_text_only=False),
-        row("two", "two", "count"),
+        row("two", "two", "count", choice="a column of the data set's own"),
         row("yes", "Yes, there is.", "presence", right_text_only=False, presence="cat"),
     ]
     lines = table(rows).splitlines()

@@ -1077,6 +1077,7 @@ def test_a_small_model_from_nothing(home, launch, tmp_path):
         ({"visoin_config": {}}, "config: there is no field visoin_config in a MiniMindVConfig"),
         ({"text_config": {"hidden": 8}}, "text_config: there is no field hidden in a MiniMindVTextConfig"),
         ({"vision_config": {"patch": 8}}, "vision_config: there is no field patch in a CLIPVisionConfig"),
+        ({"text_config": None, "vision_config": {"patch": 8}}, "vision_config: there is no field patch"),
         ({"text_config": {"vocab_size": 200}}, "259 tokens, but the configuration has a vocabulary of 200"),
     ],
 )
