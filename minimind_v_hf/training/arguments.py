@@ -211,6 +211,8 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None, au
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(f"--num_train_epochs {args.num_train_epochs}: expected a positive number, or --max_steps.")
+    if run.streaming and run.config is not None and run.processor is None:
+        raise ValueError("--streaming needs --processor: a tokenizer would be trained on all the rows before the first step.")
     if run.threads is not None and run.threads < 1:
         raise ValueError(f"--threads {run.threads}: expected 1 or more.")
     if run.streaming and args.max_steps <= 0:
