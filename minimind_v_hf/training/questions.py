@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..chat import answer_questions, encode_questions
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER
@@ -100,23 +101,32 @@ def ask(model, processor, rows: list[dict[str, Any]], batch_size: int = 50) -> l
 
 
 class _StopAfter(TrainerCallback):
+    """Ends the training after so many seconds, which its progress bar counts, and not steps."""
+
     def __init__(self, seconds: float):
-        self.end = time.perf_counter() + seconds
+        self.start, self.bar = time.perf_counter(), tqdm(total=round(seconds), unit="s", desc="Plain SFT")
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = time.perf_counter() >= self.end
+        passed = min(round(time.perf_counter() - self.start), self.bar.total)
+        self.bar.update(passed - self.bar.n)
+        control.should_training_stop = passed == self.bar.total
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def imitate(model, processor, rows: list[dict[str, Any]], seconds: float, args: TrainingArguments) -> None:
     """Plain SFT on the right answers for so long: what another way of training is to be compared with."""
     data = Dataset.from_list([{"conversations": row["conversations"], "images": row["images"]} for row in rows])
-    Trainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=tokenize_conversations(data, processor),
         data_collator=MiniMindVCollator(processor),
-        callbacks=[_StopAfter(seconds)],
-    ).train()
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_StopAfter(seconds))
+    trainer.train()
 
 
 # ── What the scripts share ───────────────────────────────────────────────────────────────────────────────────────────
