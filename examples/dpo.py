@@ -59,7 +59,7 @@ def main() -> None:
 
     # ── Data ──
     rows = read_questions(given.data_files, given.image_folder)
-    pairs = [(row, choice) for row in rows for choice in row["choices"] or [] if choice != right_answer(row)]
+    pairs = [(row, choice) for row in rows for choice in row["choices"] or [] if choice.strip() != right_answer(row)]
     if not pairs:
         raise ValueError(f'{", ".join(given.data_files)}: expected rows with other "choices" than the right answer.')
     chosen, rejected = (

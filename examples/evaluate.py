@@ -43,6 +43,7 @@ from minimind_v_hf.data.images import file_state, read_image
 from minimind_v_hf.files import write_file
 from minimind_v_hf.measures import (
     HAN,
+    choices_problem,
     commonest_right,
     corpus_bleu,
     presence_questions,
@@ -109,16 +110,14 @@ def read_questions(data: Path, image_folder: Path) -> tuple[list[dict[str, Any]]
 
 def find_problem(row: dict[str, Any], images: list) -> str | None:
     """Why a conversation is no question with a right answer, if it is none."""
-    messages, choices, contents = row["conversations"], row.get("choices"), row.get("contents")
+    messages, contents = row["conversations"], row.get("contents")
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         return "expected a question, and last the assistant's right answer"
     right = messages[-1]["content"]
     if IMAGE_PLACEHOLDER in right:
         return f"the right answer has an {IMAGE_PLACEHOLDER}"
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
-        return f"expected a list of texts as choices, got {choices!r}"
-    if choices is not None and right not in choices:
-        return f"the right answer {right!r} is not among its choices"
+    if problem := choices_problem(row):
+        return problem
     if contents is not None and not (isinstance(contents, list) and all(isinstance(name, str) and name for name in contents)):
         return f"expected a list of names as contents, got {contents!r}"
     if contents is not None and not images:

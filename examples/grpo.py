@@ -14,6 +14,7 @@ before and after in `answers.png`. Needs TRL (`pip install -e ".[train,trl]"`).
 from transformers import TrainingArguments
 
 from minimind_v_hf.files import make_readable
+from minimind_v_hf.measures import right_answer
 from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.training import RunArguments, claim_new_output_dir, load_start
 from minimind_v_hf.training.questions import ask, imitate, prompts, question_parser, read_questions, summary
@@ -78,7 +79,7 @@ def main() -> None:
     print(summary("before", before))
 
     # ── Training ──
-    right = [row["conversations"][-1]["content"] for row in rows]
+    right = [right_answer(row) for row in rows]
     trainer = GRPOTrainer(
         model=model, reward_funcs=exact, args=args, train_dataset=prompts(rows, right=right), processing_class=processor
     )

@@ -24,6 +24,16 @@ def right_answer(row: dict[str, Any]) -> str:
     return row["conversations"][-1]["content"].strip()
 
 
+def choices_problem(row: dict[str, Any]) -> str | None:
+    """Why a row's "choices" cannot be those of its question, if it has any that cannot."""
+    right, choices = row["conversations"][-1]["content"], row.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        return f"expected a list of texts as choices, got {choices!r}"
+    if choices is not None and right not in choices:
+        return f"the right answer {right!r} is not among its choices"
+    return None
+
+
 # ── How right ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

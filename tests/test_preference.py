@@ -81,6 +81,20 @@ def test_each_answer_is_a_question_of_its_own_with_what_was_said_before(home):
         read_questions([home / "rows.jsonl"], home / "images", "Where")
 
 
+@pytest.mark.parametrize(
+    ("choices", "problem"),
+    [
+        ("yes/no", "expected a list of texts as choices, got 'yes/no'"),
+        (["no"], "the right answer 'yes' is not among its choices"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(tmp_path, choices, problem):
+    row = {"conversations": [message("user", "Is it?"), message("assistant", "yes")], "choices": choices}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: {problem}"):
+        read_questions([tmp_path / "rows.jsonl"], tmp_path)
+
+
 def test_prompts_have_the_tokens_of_training_and_read_their_images_when_used(home):
     rows = read_questions([home / "rows.jsonl"], home / "images")
     data = prompts(rows, right=["a"] * 12)

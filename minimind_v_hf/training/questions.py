@@ -22,7 +22,7 @@ from ..chat import answer_questions, encode_questions
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from ..data import MiniMindVCollator, read_conversations, tokenize_conversations
 from ..data.images import read_image
-from ..measures import right_answer, wilson_interval, yes_no_scores
+from ..measures import choices_problem, right_answer, wilson_interval, yes_no_scores
 
 
 def read_questions(
@@ -39,7 +39,8 @@ def read_questions(
         `conversations`, `images`, and `choices` where the row has them, which then belong to its last answer.
 
     Raises:
-        ValueError: a row cannot be understood, `questions` is no regular expression, or no question is left.
+        ValueError: a row cannot be understood, its right answer is not among its choices, `questions` is no regular
+            expression, or no question is left.
     """
     try:
         pattern = re.compile(questions)
@@ -47,7 +48,7 @@ def read_questions(
         raise ValueError(f"questions={questions!r}: expected a regular expression ({error}).") from error
     rows = []
     for file in data_files:
-        for _, raw, row in read_conversations(file, image_folder):
+        for where, raw, row in read_conversations(file, image_folder):
             messages = row.conversations
             for end in range(2, len(messages) + 1):
                 if messages[end - 1]["role"] != "assistant" or not pattern.search(messages[end - 2]["content"]):
@@ -55,6 +56,8 @@ def read_questions(
                 choices = raw.get("choices") if end == len(messages) else None
                 images = row.images[: sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages[:end])]
                 rows.append({"conversations": messages[:end], "images": images, "choices": choices})
+                if problem := choices_problem(rows[-1]):
+                    raise ValueError(f"{where}: {problem}.")
     if not rows:
         raise ValueError(f"{', '.join(map(str, data_files))}: there is no answered question in which {questions!r} is found.")
     return rows
