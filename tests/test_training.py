@@ -26,7 +26,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import MOE, make_image, make_model, make_processor
+from conftest import MOE, make_image, make_model, make_processor, make_tokenizer
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -482,6 +482,10 @@ def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
         make_trainer(home, rows, tmp_path, per_device_train_batch_size=3).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         make_trainer(home, rows, tmp_path / "empty").train(resume_from_checkpoint=True)
+    other = make_trainer(home, rows, tmp_path)
+    other.processing_class = make_processor(tokenizer=make_tokenizer(300))  # as of other rows
+    with pytest.raises(ValueError, match="checkpoint-5 was trained with another tokenizer than this run's"):
+        other.train(resume_from_checkpoint=tmp_path / "checkpoint-5")
 
 
 def test_a_streamed_run_goes_on_where_it_was(home, tmp_path):

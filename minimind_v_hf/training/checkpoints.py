@@ -15,7 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainingArguments
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -246,6 +247,15 @@ def require_encoder(digest: str, run: dict[str, Any], folder: str | os.PathLike)
         raise ValueError(
             f"{folder} leaves its frozen encoder out, and the encoder at hand has other weights than the one that it was "
             "trained with. Start from the same model as the run that wrote it."
+        )
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+    path = Path(folder) / "tokenizer.json"
+    if path.exists() and Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder} was trained with another tokenizer than this run's. One that is trained on the rows' text changes with "
+            f"the rows: keep them as they were, or pass --processor {folder}."
         )
 
 
