@@ -28,7 +28,7 @@ from ..measures import choices_problem, right_answer, wilson_interval, yes_no_sc
 def read_questions(
     data_files: Iterable[str | os.PathLike], image_folder: str | os.PathLike, questions: str = ""
 ) -> list[dict[str, Any]]:
-    """Each answer of the assistant as the end of a conversation of its own, with what was said before.
+    """Each answer of the assistant as the end of a conversation of its own, with the turns before it.
 
     Args:
         data_files: as `read_conversations` takes them; their answers are the right ones.
