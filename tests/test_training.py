@@ -1223,7 +1223,7 @@ def test_cached_features_stay_on_the_disk_where_processes_are_not_forked(home, r
     assert torch.equal(batch["mm_encoder_outputs"]["image"].last_hidden_state, expected)
 
 
-def test_cached_features_follow_what_they_were_made_of(tmp_path):
+def test_cached_features_follow_what_they_were_made_of(tmp_path, caplog):
     image, kept = str(tmp_path / "image.png"), tmp_path / "kept"
     make_image("red").save(image)
     processor, model = make_processor(), make_model()
@@ -1248,7 +1248,9 @@ def test_cached_features_follow_what_they_were_made_of(tmp_path):
     red = encoded()
     assert torch.equal(encoded(fresh=False), red)
     make_image("blue", (21, 20)).save(image)
+    assert not caplog.text
     blue = encoded()
+    assert "kept is made anew: it holds vectors of other images, or of another encoder" in caplog.text
     assert not torch.equal(blue, red)
     assert encoded(torch.bfloat16).dtype == torch.bfloat16
     processor.image_processor.image_mean = [0.9, 0.9, 0.9]

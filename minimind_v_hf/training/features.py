@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from ..data import MiniMindVCollator
 from ..data.images import file_state
@@ -23,6 +24,8 @@ from ..modeling_minimind_v import MiniMindVForConditionalGeneration, is_sharded
 from .checkpoints import encoder_digest
 from .freezing import is_frozen
 
+
+logger = logging.get_logger(__name__)
 
 _ARRAYS = ("features.npy", "checksums.npy")
 
@@ -137,8 +140,8 @@ def cache_features(
 ) -> "CachedFeaturesCollator":
     """Keep the encoder's output for every image of the data sets, from its first forward pass with this model on.
 
-    What the folder holds already is used, unless an image's file has changed since, in size or time, or the encoder, its
-    image processor or `dtype`.
+    What the folder holds already is used. It is made anew, with a warning, if it lacks one of the images, or if one has
+    changed since, in size or time, or the encoder, its image processor or `dtype`.
 
     Args:
         model: with a frozen encoder.
@@ -174,6 +177,7 @@ def _open_cache(model, collator, datasets, folder: Path, dtype: torch.dtype) -> 
             cache = FeatureCache(folder)
             if cache.origin == origin and states.items() <= cache.states.items():
                 return cache
+        logger.warning(f"{folder} is made anew: it holds vectors of other images, or of another encoder.")
     num_patches = model.config.image_seq_length * model.config.patches_per_token
     shape = (len(sources), num_patches, model.config.vision_config.hidden_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
