@@ -58,7 +58,6 @@ def main() -> None:
         max_steps=given.max_steps,
         per_device_train_batch_size=QUESTIONS * ANSWERS,
         num_generations=ANSWERS,  # answers to each question, which are compared with one another
-        max_completion_length=16,
         entropy_coef=0.02,  # keeps it trying what it does not hold for likely
         beta=0.0,  # no second model that holds this one back: what is right is certain
         gradient_checkpointing=False,
@@ -80,6 +79,8 @@ def main() -> None:
 
     # ── Training ──
     right = [right_answer(row) for row in rows]
+    longest = max(map(len, processor.tokenizer(right)["input_ids"]))
+    args.max_completion_length = max(16, longest + 1)  # with the end token; an answer that is cut off is never right
     trainer = GRPOTrainer(
         model=model, reward_funcs=exact, args=args, train_dataset=prompts(rows, right=right), processing_class=processor
     )

@@ -147,6 +147,19 @@ def test_a_run_leaves_a_model_curves_and_answers(home, tmp_path, run, script, me
     assert len(ask(model, processor, read_questions([home / "rows.jsonl"], home / "images"))) == 12
 
 
+def test_long_answers_have_room_to_be_right(home, tmp_path, run, monkeypatch):
+    right = "a red ring above a blue square, and beside it two yellow crosses"
+    row = {"conversations": [message("user", "Describe."), message("assistant", right)]}
+    (tmp_path / "long.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+
+    def trainer(args, **kwargs):
+        raise ValueError(args.max_completion_length)
+
+    monkeypatch.setattr("trl.GRPOTrainer", trainer)
+    _, _, stderr = run("grpo", "--data_files", tmp_path / "long.jsonl", "--questions", "")
+    assert stderr.splitlines()[-1] == f"grpo.py: error: {len(make_processor().tokenizer(right)['input_ids']) + 1}"
+
+
 def test_preference_makes_the_preferred_answer_likelier_than_the_rejected_one(home, tmp_path, run):
     code, _, stderr = run("dpo", "--max_steps", 20, "--learning_rate", 1e-3)
     assert code == 0, stderr
