@@ -93,7 +93,7 @@ def choice_scores(model, processor, inputs: dict[str, torch.Tensor], choices: li
 
 
 def read_questions(data: Path, image_folder: Path) -> tuple[list[dict[str, Any]], list[list[str] | list[bytes]]]:
-    """The rows of a data set, unchanged but for their contents, which are strings; and the images of each.
+    """The rows of a data set, with strings as contents and without "presence"; and the images of each.
 
     Raises:
         ValueError: training would refuse or mend a row, or it is no question with a right answer; the message names the line.
@@ -101,6 +101,7 @@ def read_questions(data: Path, image_folder: Path) -> tuple[list[dict[str, Any]]
     rows, images = [], []
     for where, raw, parsed in tqdm(read_conversations(data, image_folder), desc="Reading", unit="row", delay=2):
         row = {**raw, "conversations": parsed.conversations}
+        row.pop("presence", None)  # by which rows of `ask_presence` are known
         if problem := find_problem(row, parsed.images):
             raise ValueError(f"{where}: {problem}")
         rows.append(row)

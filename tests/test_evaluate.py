@@ -267,9 +267,10 @@ def test_questions_may_have_any_form_that_training_takes(tmp_path):
         make_image().save(file := io.BytesIO(), "PNG")
         archive.writestr("red.png", file.getvalue())
     question = {"role": "user", "content": [{"type": "image", "path": "red.png"}, {"type": "text", "text": "\nWhich?"}]}
-    row = {"messages": [question, {"role": "assistant", "content": "red"}], "kind": "colour"}
+    row = {"messages": [question, {"role": "assistant", "content": "red"}], "kind": "colour", "presence": 1}
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     ((read,), ((source,),)) = read_questions(tmp_path / "data.jsonl", tmp_path / "images.zip")
     assert read["conversations"][0] == {"role": "user", "content": "<image>\nWhich?"}
     assert read["kind"] == "colour"
+    assert "presence" not in read  # or it would count as one of the questions about contents
     assert read_image(source).getpixel((0, 0)) == (255, 0, 0)
