@@ -1074,6 +1074,9 @@ def test_a_small_model_from_nothing(home, launch, tmp_path):
     assert len(processor.tokenizer.tokenize("What colour is it?")) == 5  # one token a word
     inputs = processor(images=Image.new("RGB", (300, 100)), text="<image>", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, vision["image_size"], vision["image_size"])
+    colours = processor(images=[make_image(colour) for colour in COLOURS], text="<image>" * 4, return_tensors="pt")
+    assert colours["pixel_values"].mean((0, 2, 3)).abs().max() < 0.5  # measured on the rows' own images
+    assert (colours["pixel_values"].std((0, 2, 3)) - 1).abs().max() < 0.3
     assert inputs["input_ids"].tolist() == [[model.config.image_token_id] * model.config.image_seq_length]
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -24,6 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from ..chat import refuse_other_weights
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER, MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
+from ..data.images import read_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..preparation import build_chat_template, prepare_tokenizer, train_tokenizer
 from ..processing_minimind_v import MiniMindVProcessor
@@ -148,8 +151,9 @@ def _config_of(given: dict[str, Any]) -> MiniMindVConfig:
 
 def _load_processor(run: RunArguments, args: TrainingArguments, config: MiniMindVConfig) -> MiniMindVProcessor:
     if run.processor is None:
-        with args.main_process_first(desc="training a tokenizer"):
-            loaded = _train_tokenizer(run, config.text_config.vocab_size)
+        with args.main_process_first(desc="looking at the training data"):
+            rows = load_conversations(run.data_files, run.image_folder, max_dropped=run.max_dropped, strict=run.strict)
+            loaded = _train_tokenizer(rows, config.text_config.vocab_size)
         config.image_token_id = loaded.image_token_id
     else:
         with _loading(run.processor):
@@ -162,17 +166,30 @@ def _load_processor(run: RunArguments, args: TrainingArguments, config: MiniMind
     else:
         side = config.vision_config.image_size
         size = {"height": side, "width": side}  # the whole image, whatever its shape
-        image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+        pixels = _mean_and_std(rows.shuffle(args.seed), side) if run.processor is None else {}
+        image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, **pixels)
     return MiniMindVProcessor.build(image_processor, loaded, config)
 
 
-def _train_tokenizer(run: RunArguments, vocab_size: int) -> PreTrainedTokenizerBase:
+def _train_tokenizer(rows: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
     """A tokenizer of at most so many tokens, for the text of the training data."""
-    rows = load_conversations(run.data_files, run.image_folder, max_dropped=run.max_dropped, strict=run.strict)
     texts = (message["content"] for row in rows.select_columns("conversations") for message in row["conversations"])
     template_words = ["user\n", "assistant\n"] * 1000
     tokenizer = train_tokenizer(itertools.chain(texts, template_words), vocab_size)
     return prepare_tokenizer(tokenizer, build_chat_template(IMAGE_PLACEHOLDER, default_system=None, thinking=False))
+
+
+def _mean_and_std(rows: Dataset, side: int) -> dict[str, list[float]]:
+    """What brings the colours of the images of the first rows to mean 0 and variance 1; nothing if there are no images.
+
+    Of bright images a fresh encoder would see little but their brightness.
+    """
+    sources = [source for sources in rows.select(range(min(256, len(rows))))["images"] for source in sources]
+    if not sources:
+        return {}
+    pixels = np.stack([np.asarray(read_image(source, side).resize((side, side))) for source in sources]) / 255
+    std = np.maximum(pixels.std((0, 1, 2)), 0.01)
+    return {"image_mean": pixels.mean((0, 1, 2)).tolist(), "image_std": std.tolist()}
 
 
 # ── The data ──
