@@ -1017,6 +1017,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
         (["--config", "c", "--data_files", "d", "--streaming", "--max_steps", "9"], "--streaming needs --processor"),
         (["--model", "m", "--data_files", "d", "--threads", "0"], "--threads 0: expected 1 or more"),
+        (["--model", "m", "--data_files", "d", "--augment", "3"], "augment=3.0: expected a share from 0 to 0.5"),
         (["--model", "m", "--data_files", "d", "--vision_tower", "v"], "--vision_tower belongs to --config"),
     ],
 )

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from ..data import RandomAffine
 from ..hardware import has_fast_bf16
 from .freezing import TRAINABLE
 
@@ -209,6 +210,7 @@ def _check(run: RunArguments, args: TrainingArguments, trainable: str | None, au
         raise ValueError("Give the training data with --data_files, and the folder of its images with --image_folder.")
     if trainable not in (None, *TRAINABLE):
         raise ValueError(f"trainable={trainable!r}: expected one of {', '.join(TRAINABLE)}.")
+    RandomAffine(augment or 0.0)  # which refuses a share that is none
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(f"--num_train_epochs {args.num_train_epochs}: expected a positive number, or --max_steps.")
     if run.streaming and run.config is not None and run.processor is None:
