@@ -21,8 +21,8 @@ from transformers import TrainingArguments
 from minimind_v_hf.files import make_readable
 from minimind_v_hf.measures import right_answer
 from minimind_v_hf.scripts import errors_in_one_line
-from minimind_v_hf.training import RunArguments, claim_new_output_dir, load_start
-from minimind_v_hf.training.questions import ask, imitate, prompts, question_parser, read_questions, summary
+from minimind_v_hf.training import claim_new_output_dir
+from minimind_v_hf.training.questions import ask, imitate, load, prompts, question_parser, read_questions, summary
 
 
 @errors_in_one_line()
@@ -53,7 +53,7 @@ def main() -> None:
     claim_new_output_dir(args)
 
     # ── Model ──
-    model, processor = load_start(RunArguments(model=given.model), args)
+    model, processor = load(given.model, args)
     if not getattr(model.config.text_config, "num_experts", 0):
         args.router_aux_loss_coef = 0.0  # TRL would look for experts to balance
 
@@ -83,7 +83,7 @@ def main() -> None:
     draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
 
     # ── The same start and the same time, with right answers to imitate ──
-    model, processor = load_start(RunArguments(model=given.model), args)
+    model, processor = load(given.model, args)
     imitate(model, processor, rows, seconds, TrainingArguments(**common, num_train_epochs=1000))
     imitated = ask(model, processor, held_out)
 

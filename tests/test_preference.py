@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from minimind_v_hf.measures import presence_questions
 from minimind_v_hf.shapes import write_presence_set
-from minimind_v_hf.training.questions import ask, prompts, read_questions
+from minimind_v_hf.training.questions import ask, load, prompts, read_questions
 
 
 def message(role, content):
@@ -123,6 +124,11 @@ def test_the_processor_takes_what_trl_passes():
 
 
 # ── The scripts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ValueError, match="Expected one process, got 2: start the script with python"):
+        load("start", SimpleNamespace(world_size=2))
 
 
 def test_exact_rewards_the_right_answer_alone():

@@ -23,6 +23,10 @@ from ..configuration_minimind_v import IMAGE_PLACEHOLDER
 from ..data import MiniMindVCollator, read_conversations, tokenize_conversations
 from ..data.images import read_image
 from ..measures import choices_problem, right_answer, wilson_interval, yes_no_scores
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
+from .arguments import RunArguments
+from .loading import load_start
 
 
 def read_questions(
@@ -61,6 +65,18 @@ def read_questions(
     if not rows:
         raise ValueError(f"{', '.join(map(str, data_files))}: there is no answered question in which {questions!r} is found.")
     return rows
+
+
+def load(folder: str, args: TrainingArguments) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+    """The model and the processor to start from, on the device that is trained on.
+
+    Raises:
+        ValueError: there are several processes, of which each would ask and draw for itself, or the folder cannot be loaded.
+    """
+    if args.world_size > 1:
+        raise ValueError(f"Expected one process, got {args.world_size}: start the script with python, without a launcher.")
+    model, processor = load_start(RunArguments(model=folder), args)
+    return model.to(args.device), processor
 
 
 def prompts(rows: Iterable[dict[str, Any]], **columns: list) -> Dataset:
