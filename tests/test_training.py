@@ -486,6 +486,10 @@ def test_a_resumed_run_keeps_its_batches(home, rows, tmp_path, uninterrupted):
     other.processing_class = make_processor(tokenizer=make_tokenizer(300))  # as of other rows
     with pytest.raises(ValueError, match="checkpoint-5 was trained with another tokenizer than this run's"):
         other.train(resume_from_checkpoint=tmp_path / "checkpoint-5")
+    other.processing_class = make_processor()
+    other.processing_class.image_processor.image_mean = [0.9, 0.9, 0.9]
+    with pytest.raises(ValueError, match="checkpoint-5 was trained with another mean or deviation of the images"):
+        other.train(resume_from_checkpoint=tmp_path / "checkpoint-5")
 
 
 def test_a_streamed_run_goes_on_where_it_was(home, tmp_path):

@@ -15,13 +15,13 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..files import write_file
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -250,13 +250,19 @@ def require_encoder(digest: str, run: dict[str, Any], folder: str | os.PathLike)
         )
 
 
-def require_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
-    path = Path(folder) / "tokenizer.json"
-    if path.exists() and Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{folder} was trained with another tokenizer than this run's. One that is trained on the rows' text changes with "
-            f"the rows: keep them as they were, or pass --processor {folder}."
-        )
+def require_processor(processor: MiniMindVProcessor, folder: str | os.PathLike) -> None:
+    saved = MiniMindVProcessor.from_pretrained(folder)
+    colours = [(list(each.image_processor.image_mean), list(each.image_processor.image_std)) for each in (saved, processor)]
+    is_other = {
+        "another tokenizer": saved.tokenizer.get_vocab() != processor.tokenizer.get_vocab(),
+        "another mean or deviation of the images": colours[0] != colours[1],
+    }
+    for what, differs in is_other.items():
+        if differs:
+            raise ValueError(
+                f"{folder} was trained with {what} than this run's. What is learned from the rows changes with them and with "
+                f"--seed: keep them as they were, or pass --processor {folder}."
+            )
 
 
 def require_complete(model: PreTrainedModel, result: Any, folder: str | os.PathLike, absent: frozenset[str]) -> None:

@@ -35,7 +35,7 @@ from .checkpoints import (
     mark_complete,
     require_complete,
     require_encoder,
-    require_tokenizer,
+    require_processor,
     what_is_saved,
 )
 from .freezing import is_frozen
@@ -237,7 +237,7 @@ class MiniMindVTrainer(Trainer):
                 digest = self._encoder["sha256"] if self._encoder else encoder_digest(self.bare_model())
                 require_encoder(digest, run, resume_from_checkpoint)
             if self.processing_class is not None:
-                require_tokenizer(self.processing_class.tokenizer, resume_from_checkpoint)
+                require_processor(self.processing_class, resume_from_checkpoint)
             self._keep_batch_size(resume_from_checkpoint, run["global_batch_size"])
             self._loading_from, self._seconds_before = str(resume_from_checkpoint), run["seconds"]
             self._resumed_step = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
