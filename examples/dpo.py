@@ -22,7 +22,7 @@ from minimind_v_hf.files import make_readable
 from minimind_v_hf.measures import right_answer
 from minimind_v_hf.scripts import errors_in_one_line
 from minimind_v_hf.training import claim_new_output_dir
-from minimind_v_hf.training.questions import ask, imitate, load, prompts, question_parser, read_questions, summary
+from minimind_v_hf.training.questions import ask, changes, imitate, load, prompts, question_parser, read_questions, summary
 
 
 @errors_in_one_line()
@@ -54,8 +54,6 @@ def main() -> None:
 
     # ── Model ──
     model, processor = load(given.model, args)
-    if not getattr(model.config.text_config, "num_experts", 0):
-        args.router_aux_loss_coef = 0.0  # TRL would look for experts to balance
 
     # ── Data ──
     rows = read_questions(given.data_files, given.image_folder)
@@ -79,8 +77,7 @@ def main() -> None:
     after = ask(model, processor, held_out)
     names = {"rewards/chosen": "preferred", "rewards/rejected": "rejected"}
     draw_curves(trainer.state.log_history, given.output_dir / "reward.png", names, "reward")
-    changes = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
-    draw_answers([(row, row["images"][0]) for row in changes if row["images"]], given.output_dir / "answers.png")
+    draw_answers(changes(before, after), given.output_dir / "answers.png")
 
     # ── The same start and the same time, with right answers to imitate ──
     model, processor = load(given.model, args)

@@ -68,7 +68,7 @@ def read_questions(
 
 
 def load(folder: str, args: TrainingArguments) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
-    """The model and the processor to start from, on the device that is trained on.
+    """The model and the processor to start from, on the device that is trained on; TRL's settings for it in `args`.
 
     Raises:
         ValueError: there are several processes, of which each would ask and draw for itself, or the folder cannot be loaded.
@@ -76,6 +76,8 @@ def load(folder: str, args: TrainingArguments) -> tuple[MiniMindVForConditionalG
     if args.world_size > 1:
         raise ValueError(f"Expected one process, got {args.world_size}: start the script with python, without a launcher.")
     model, processor = load_start(RunArguments(model=folder), args)
+    if not getattr(model.config.text_config, "num_experts", 0):
+        args.router_aux_loss_coef = 0.0  # TRL would look for experts to balance
     return model.to(args.device), processor
 
 
@@ -160,6 +162,12 @@ def question_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--image_folder", required=True, help="folder or zip archive that holds the images")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder to write")
     return parser
+
+
+def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str | bytes]]:
+    """The questions about images with both answers, "old → new", and the first image of each: what `draw_answers` draws."""
+    both = [{**new, "answer": f"{old['answer']} → {new['answer']}"} for old, new in zip(before, after, strict=True)]
+    return [(row, row["images"][0]) for row in both if row["images"]]
 
 
 def summary(name: str, rows: list[dict[str, Any]]) -> str:
