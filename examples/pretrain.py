@@ -60,6 +60,8 @@ def main() -> None:
         callbacks=[SampleSheet(data.held_out_conversations.take(stage.samples), processor)] if data.held_out else None,
         save_encoder=stage.save_encoder,
         augment=stage.augment,
+        muon=stage.muon,
+        encoder_learning_rate=stage.encoder_learning_rate,
         data_counts=data.reports,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

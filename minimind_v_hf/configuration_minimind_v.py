@@ -232,7 +232,8 @@ class MiniMindVConfig(_NamesItsCode, PreTrainedConfig):
     Args:
         text_config: config, or dict with `model_type`, of the decoder: ours by default, or any that `AutoModel` builds.
         vision_config: config, or dict with `model_type`, of the encoder: `clip_vision_model` by default, or any that
-            `AutoModel` builds. Of a whole CLIP or SigLIP config the vision half is taken.
+            `AutoModel` builds. Of a whole CLIP or SigLIP config the vision half is taken. A convolutional encoder, whose
+            config knows neither, is to be given `image_size` and `patch_size`, its stride, in pixels.
         image_token_id: id of the image token. 190 is the byte 0xFF of the MiniMind2 vocabulary, which no text can produce.
         image_seq_length: image tokens per image. Derived from the encoder; a value that does not fit it is refused.
         patches_per_token: consecutive patch vectors that are concatenated into one image token, before the projector.
@@ -285,6 +286,8 @@ class MiniMindVConfig(_NamesItsCode, PreTrainedConfig):
     def validate_vision_config(self):
         """Check what every encoder has (the side of its square images and patches, in pixels), and what most have."""
         vision = self.vision_config
+        if hasattr(vision, "hidden_sizes"):
+            vision.hidden_size = vision.hidden_sizes[-1]  # a convolutional encoder has one for each stage
         for field in ("image_size", "patch_size"):
             _require_integer(f"vision_config.{field}", getattr(vision, field, None), _MAX_IMAGE_SIZE)
         if vision.patch_size > vision.image_size:

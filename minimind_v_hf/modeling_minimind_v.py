@@ -185,9 +185,21 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         if pixel_values.shape[0] == 0:  # not len(), which would fix the number of images in an exported graph
             outputs = self._encode_no_images(pixel_values)
         else:
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+            outputs = self._encode(pixel_values, **kwargs)
         outputs.pooler_output = None  # the encoder's own is one vector for the whole image
         outputs.pooler_output = self._projected(outputs)
+        return outputs
+
+    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
+        grid, vision = outputs.last_hidden_state, self.config.vision_config
+        if grid.ndim == 4:  # (N, channels, rows, columns), as convolutional encoders have it
+            outputs.last_hidden_state = grid.flatten(2).transpose(1, 2)
+            if outputs.last_hidden_state.shape[1] != self.config.image_seq_length * self.config.patches_per_token:
+                raise ValueError(
+                    f"The encoder gives {grid.shape[2]} x {grid.shape[3]} patches for an image of {vision.image_size} x "
+                    f"{vision.image_size} pixels: patch_size={vision.patch_size} in its config is not its stride."
+                )
         return outputs
 
     def _projected(self, image_outputs: BaseModelOutputWithPooling) -> torch.Tensor:
@@ -251,9 +263,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values.new_zeros(0, num_patches, width))
         # A trainable encoder is to have gradients, and a sharded one is run by all processes together. So a blank image is
         # encoded, and left out of the result.
-        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:], dtype=self.vision_tower.dtype)
-        outputs = self.vision_tower(blank, return_dict=True)
-        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state[:0])
+        blank = self._encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
+        return BaseModelOutputWithPooling(last_hidden_state=blank.last_hidden_state[:0])
 
     def has_placeholders(self, input_ids: torch.Tensor) -> bool:
         """Whether there are image tokens."""

@@ -74,6 +74,15 @@ def make_config(text_config: dict | None = None, vision_config: dict | None = No
     return MiniMindVConfig(text_config=text | (text_config or {}), vision_config=vision | (vision_config or {}), **kwargs)
 
 
+RESNET = {
+    "model_type": "resnet",
+    "image_size": 16,
+    "patch_size": 8,
+    "embedding_size": 4,
+    "hidden_sizes": [4, 6],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, MOE, make_config, make_model
+from conftest import IMAGE_SIZE, MOE, RESNET, make_config, make_model
 from transformers import AutoModel, DynamicCache, GPT2Config, LlamaConfig, SiglipVisionConfig, StaticCache
 
 from minimind_v_hf import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVModel
@@ -306,6 +306,29 @@ def test_other_encoder_and_decoder(decoder):
     assert output.shape[1] == input_ids.shape[1] + 3
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == decoder.tie_word_embeddings
     assert not torch.equal(model(input_ids, pixel_values=pixels()).logits, model(input_ids, pixel_values=-pixels()).logits)
+
+
+def test_a_convolutional_encoder(tmp_path):
+    """Its grid is read row by row, in training and after saving."""
+    model = make_model(vision_config=RESNET).eval()
+    images = pixels()
+    assert (model.config.image_seq_length, model.config.vision_config.hidden_size) == (4, 6)
+    grid = model.model.vision_tower(images).last_hidden_state  # (1, 6, 2, 2)
+    patches = torch.stack([grid[:, :, 0, 0], grid[:, :, 0, 1], grid[:, :, 1, 0], grid[:, :, 1, 1]], dim=1)
+    expected = model.model.multi_modal_projector(patches)
+    torch.testing.assert_close(model.get_image_features(images).pooler_output, expected)
+    model.save_pretrained(tmp_path)
+    again = MiniMindVForConditionalGeneration.from_pretrained(tmp_path).eval()
+    input_ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 6]])
+    logits = model(input_ids, pixel_values=images).logits
+    assert torch.equal(again(input_ids, pixel_values=images).logits, logits)
+    assert model.train()(torch.tensor([[5, 6, 7]])).logits.isfinite().all()  # text alone, with an encoder that learns
+
+
+def test_a_patch_size_that_is_not_the_stride_is_refused():
+    model = make_model(vision_config=RESNET | {"patch_size": 4})
+    with pytest.raises(ValueError, match="gives 2 x 2 patches for an image of 16 x 16 pixels: patch_size=4"):
+        model.get_image_features(pixels())
 
 
 def test_images_of_another_size_are_refused():

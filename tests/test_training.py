@@ -1,5 +1,6 @@
 """Training: the native recipe to the letter, what is frozen, and runs that survive whatever happens to them."""
 
+import io
 import json
 import math
 import multiprocessing.connection
@@ -26,7 +27,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import MOE, make_image, make_model, make_processor, make_tokenizer
+from conftest import MOE, RESNET, make_image, make_model, make_processor, make_tokenizer
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -57,6 +58,7 @@ from minimind_v_hf.training import (
     parse_arguments,
     training_flops,
 )
+from minimind_v_hf.training.muon import MuonWithAdamW
 
 
 ROOT = Path(__file__).parents[1]
@@ -111,10 +113,13 @@ def rows(home):
     return tokenize_conversations(conversations, make_processor(), 640)
 
 
+OURS = ("save_encoder", "callbacks", "eval_dataset", "augment", "muon", "encoder_learning_rate")
+
+
 def make_trainer(home, rows, output_dir, trainable="llm", model=None, trainer_class=MiniMindVTrainer, **kwargs):
     model = model or MiniMindVForConditionalGeneration.from_pretrained(home / "start")
     freeze(model, trainable)
-    ours = {name: kwargs.pop(name) for name in ("save_encoder", "callbacks", "eval_dataset", "augment") if name in kwargs}
+    ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
     arguments = native_recipe() | {
         "output_dir": str(output_dir),
         "disable_tqdm": True,
@@ -389,6 +394,84 @@ def test_flops_of_a_step_are_those_that_torch_counts():
         counted = flops["token"] * 40 + flops["pair"] * 40 * 40 + flops["label"] * 40 + flops["image"]
         assert counted == pytest.approx(counter.get_total_flops(), rel=0.05), trainable
     assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_the_operations_of_a_convolutional_encoder():
+    """A stem of 7 x 7 on 8 x 8 places, two convolutions on 4 x 4, and on 2 x 2 two more and a shortcut."""
+    model = make_model(vision_config=RESNET, text_config={"hidden_size": 8})
+    model.requires_grad_(False)
+    convolutions = 64 * 4 * 3 * 49 + 2 * 16 * 4 * 4 * 9 + 4 * (6 * 4 * 9 + 6 * 6 * 9 + 6 * 4)
+    projector = 4 * 6 * 8
+    assert training_flops(model)["image"] == 2 * (convolutions + projector)
+
+
+def test_muon_steps_as_torch_has_it_and_adamw_for_the_rest():
+    """Linear layers and flattened convolutions by Muon, embeddings, head and norms by AdamW, the encoder at its own rate."""
+    model = make_model(vision_config=RESNET, text_config={"num_hidden_layers": 1})
+    inner = model.model
+    inner.language_model.norm.requires_grad_(False)
+    muon = {
+        "language_model.layers.0.mlp.up_proj.weight": 1e-3,
+        "multi_modal_projector.linear_1.weight": 1e-3,
+        "vision_tower.embedder.embedder.convolution.weight": 4e-3,
+    }
+    adamw = {
+        "language_model.embed_tokens.weight": 1e-3,
+        "language_model.layers.0.input_layernorm.weight": 1e-3,
+        "vision_tower.embedder.embedder.normalization.weight": 4e-3,
+    }
+    expected, theirs = {}, []
+    for rates, kind, options in (
+        (muon, torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}),
+        (adamw, torch.optim.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8}),
+    ):
+        for name, rate in rates.items():
+            expected[name] = inner.get_parameter(name).detach().clone()
+            if kind is torch.optim.Muon:
+                expected[name] = expected[name].flatten(1)
+            theirs.append((name, kind([expected[name]], lr=rate, weight_decay=0.1, **options)))
+    optimizer = MuonWithAdamW(model, 1e-3, 4e-3, 0.1, (0.9, 0.99), 1e-8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for name, parameter in inner.named_parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+            if name in expected:
+                expected[name].grad = parameter.grad.view_as(expected[name])
+        optimizer.step()
+        for _, other in theirs:
+            other.step()
+        if seed == 1:
+            state = torch.load(io.BytesIO(saved(optimizer.state_dict())), weights_only=True)
+            optimizer = MuonWithAdamW(model, 1e-3, 4e-3, 0.1, (0.9, 0.99), 1e-8)
+            optimizer.load_state_dict(state)
+    for name, weight in expected.items():
+        torch.testing.assert_close(inner.get_parameter(name).view_as(weight), weight)
+    assert inner.language_model.norm.weight.eq(1).all()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def saved(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_muon_follows_the_schedule_and_goes_on_after_an_interruption(home, rows, tmp_path):
+    options = {"muon": True, "encoder_learning_rate": 2 * RATE, "trainable": "all", "max_steps": 8}
+    whole = make_trainer(home, rows, tmp_path / "whole", **options)
+    whole.train()
+    rates = {group["lr"] for group in whole.optimizer.param_groups}
+    assert sorted(rates) == pytest.approx([0.00040276, 0.00080553], rel=1e-4)
+    resumed = make_trainer(home, rows, tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    adamw = make_trainer(home, rows, tmp_path / "adamw", **options | {"muon": False, "encoder_learning_rate": None})
+    adamw.train()
+    assert losses(adamw)[0] == losses(whole)[0]
+    assert losses(adamw)[-1] != losses(whole)[-1]
+    with pytest.raises(ValueError, match="bf16 instead of fp16"):
+        make_trainer(home, rows, tmp_path / "fp16", fp16=True, **options)
 
 
 def test_held_out_rows_are_answered_on_a_sheet(home, rows, tmp_path):

@@ -100,6 +100,16 @@ class StageArguments(FreezingArguments):
             "mirrored or recoloured. Held-out images stay as they are."
         },
     )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Train matrices with Muon and the rest with AdamW, at one learning rate: better for small models from "
+            "nothing (needs torch 2.9)."
+        },
+    )
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "With --muon, the learning rate of the image encoder; by default --learning_rate."}
+    )
     samples: int = field(
         default=8, metadata={"help": "Held-out rows to answer at each evaluation, for a sheet of images with the answers."}
     )
@@ -194,6 +204,10 @@ def parse_arguments(
     try:
         run, args, *more = parser.parse_dict(values)
         _check(run, args, values.get("trainable"), values.get("augment"))
+        if values.get("muon") and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"--muon needs torch 2.9 or newer, and this is {torch.__version__}.")
+        if values.get("encoder_learning_rate") is not None and not values.get("muon"):
+            raise ValueError("--encoder_learning_rate needs --muon: other optimizers have one learning rate for all.")
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return run, args, *more

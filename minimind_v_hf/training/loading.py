@@ -144,7 +144,8 @@ def _config_of(given: dict[str, Any]) -> MiniMindVConfig:
     parts = {"config": config, "text_config": config.text_config, "vision_config": config.vision_config}
     for name, part in parts.items():
         names = (given.get(name) or {}) if name != "config" else given
-        if unknown := sorted(names.keys() - {"model_type"} - {known.name for known in fields(part)}):
+        others = {"model_type", "image_size", "patch_size"} if name == "vision_config" else {"model_type"}
+        if unknown := sorted(names.keys() - others - {known.name for known in fields(part)}):
             raise ValueError(f"{name}: there is no field {', '.join(unknown)} in a {type(part).__name__}.")
     return config
 

@@ -1,12 +1,15 @@
 """What goes into training steps, told as rates, shares, and use of the machine."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..hardware import matmul_rate
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
@@ -41,13 +44,23 @@ def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]
     encoder_learns = not is_frozen(inner.vision_tower)
     positions = (vision.image_size // vision.patch_size) ** 2
     matrices = sum(weight.numel() for weight in inner.vision_tower.parameters() if weight.dim() > 1)
-    attention = 4 * positions * vision.hidden_size * vision.num_hidden_layers
-    flops["image"] = positions * (2 * matrices + attention) * (1 + 2 * encoder_learns)
+    if hasattr(vision, "hidden_sizes"):  # its stages have grids of several sizes
+        forward = _convolution_flops(inner.vision_tower, vision.image_size)
+    else:
+        attention = 4 * positions * vision.hidden_size * vision.num_hidden_layers
+        forward = positions * (2 * matrices + attention)
+    flops["image"] = forward * (1 + 2 * encoder_learns)
     for weight in inner.multi_modal_projector.parameters():
         if weight.dim() > 1:
             tokens = model.config.image_seq_length
             flops["image"] += 2 * weight.numel() * tokens * (1 + encoder_learns + weight.requires_grad)
     return flops
+
+
+def _convolution_flops(encoder: nn.Module, size: int) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(encoder).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

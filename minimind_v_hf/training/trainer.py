@@ -40,6 +40,7 @@ from .checkpoints import (
 )
 from .freezing import is_frozen
 from .metering import StepMeter, summing_dtype
+from .muon import MuonWithAdamW
 from .reports import write_model_card
 
 
@@ -59,6 +60,8 @@ class MiniMindVTrainer(Trainer):
     Args:
         save_encoder: write a frozen encoder into intermediate checkpoints too.
         augment: how strongly training images are changed at random, as `RandomAffine` has it.
+        muon: train with `MuonWithAdamW` instead of what `optim` says.
+        encoder_learning_rate: with `muon`, that of the image encoder; `learning_rate` by default.
         data_counts: for the model card, what was read, as `DataReport`s by name.
 
     Raises:
@@ -68,10 +71,21 @@ class MiniMindVTrainer(Trainer):
     """
 
     def __init__(
-        self, *args, save_encoder: bool = False, augment: float = 0.0, data_counts: dict[str, Any] | None = None, **kwargs
+        self,
+        *args,
+        save_encoder: bool = False,
+        augment: float = 0.0,
+        muon: bool = False,
+        encoder_learning_rate: float | None = None,
+        data_counts: dict[str, Any] | None = None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self._augment = RandomAffine(augment)
+        self._augment, self._muon, self._encoder_lr = RandomAffine(augment), muon, encoder_learning_rate
+        if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.fp16):
+            raise ValueError(
+                "Muon needs whole matrices and unscaled gradients: no FSDP or DeepSpeed, and bf16 instead of fp16."
+            )
         if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
             raise ValueError(
                 "The weights are sharded already (ZeRO-3), and can be neither counted nor hashed: load the model with "
@@ -117,6 +131,14 @@ class MiniMindVTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as native has it; `Trainer` would spare biases and norms."""
         return [name for name, _ in model.named_parameters()]
+
+    def create_optimizer(self, *others, **kwargs):
+        if self._muon and self.optimizer is None:  # type: ignore[has-type]
+            args = self.args
+            rate, betas = args.learning_rate, (args.adam_beta1, args.adam_beta2)
+            encoder_rate = rate if self._encoder_lr is None else self._encoder_lr
+            self.optimizer = MuonWithAdamW(self.model, rate, encoder_rate, args.weight_decay, betas, args.adam_epsilon)
+        return super().create_optimizer(*others, **kwargs)
 
     # ── Data ──
 

@@ -1,0 +1,82 @@
+"""Muon for the matrices of a model's layers, and AdamW for everything else, as one optimizer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the weights of linear layers and convolutions, `torch.optim.AdamW` for all else that learns.
+
+    In a small model from nothing, AdamW learns what most of the gradient is about, such as colours, and the rest much later.
+    Muon takes steps of one size in all directions of a matrix (https://kellerjordan.github.io/posts/muon). To it, a convolution
+    is a matrix of (channels, channels x height x width). Its steps are scaled to the size of AdamW's, so that a learning rate
+    means the same to both.
+
+    Args:
+        model: what learns of it is trained.
+        lr, encoder_lr: learning rate, and that of the image encoder.
+        weight_decay: of all parameters.
+        betas, eps: AdamW's.
+    """
+
+    def __init__(
+        self,
+        model: MiniMindVForConditionalGeneration,
+        lr: float,
+        encoder_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ):
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(learning, {"lr": lr})
+        # Of embeddings and heads, a step concerns a few rows alone
+        ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        layers = {module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))} - ends
+        encoder = set(model.model.vision_tower.parameters())
+        # Flattened views, which share the memory of the weights
+        self._flat = {weight: weight.detach().flatten(1) for weight in learning if weight in layers}
+
+        def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+            parts = ([p for p in parameters if p not in encoder], lr), ([p for p in parameters if p in encoder], encoder_lr)
+            return [{"params": [self._flat.get(p, p) for p in part], "lr": rate} for part, rate in parts if part]
+
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        if matrices := groups([*self._flat]):
+            self._parts["muon"] = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        if others := groups([parameter for parameter in learning if parameter not in layers]):
+            self._parts["adamw"] = torch.optim.AdamW(others, weight_decay=weight_decay, betas=betas, eps=eps)
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """So that a schedule, which writes into the groups, reaches both."""
+        self.param_groups = [group for part in self._parts.values() for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step along the gradients."""
+        for weight, flat in self._flat.items():
+            flat.grad = None if weight.grad is None else weight.grad.flatten(1)
+        for part in self._parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self._parts.values():
+            part.zero_grad(set_to_none)
+        for weight in self._flat:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, by name."""
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the states of both."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state_dict[name])
+        self._share_groups()
