@@ -1114,11 +1114,20 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, a
     assert message in capsys.readouterr().err
 
 
-def test_an_unknown_name_in_the_file_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "recipe.yaml").write_text("learnin_rate: 1e-3\n")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1e-3", "there is no argument learnin_rate"),
+        ("max_steps:", "max_steps has no value"),
+        ("config: 5", "config: expected a name or fields with values, got 5"),
+        ("config: [5]", "config: expected a name or fields with values, got [5]"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        parse(monkeypatch, tmp_path / "recipe.yaml")
-    assert "there is no argument learnin_rate" in capsys.readouterr().err
+        parse(monkeypatch, tmp_path / "recipe.yaml", "--data_files", "x.jsonl", "--output_dir", tmp_path)
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_is_put_together_from_parts(home, tmp_path):
@@ -1176,6 +1185,7 @@ def test_a_small_model_from_nothing(home, launch, tmp_path):
         ({"vision_config": {"patch": 8}}, "vision_config: there is no field patch in a CLIPVisionConfig"),
         ({"text_config": None, "vision_config": {"patch": 8}}, "vision_config: there is no field patch"),
         ({"text_config": {"vocab_size": 200}}, "259 tokens, but the configuration has a vocabulary of 200"),
+        ({"text_config": {"vocab_size": 100}}, "259 tokens, but the configuration has a vocabulary of 100"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(home, config, message):

@@ -182,6 +182,11 @@ def parse_arguments(
             parser.error(f"{path}: expected names with values, got {recipe!r}")
         if unknown := sorted(str(name) for name in recipe if name not in known):
             parser.error(f"{path}: there is no argument {', '.join(unknown)}")
+        wanted = {argument.name for kind in kinds for argument in fields(kind) if argument.default is not None}
+        if empty := sorted(name for name, value in recipe.items() if value is None and name in wanted):
+            parser.error(f"{path}: {', '.join(empty)} has no value")
+        if not isinstance(recipe.get("config", ""), (str, dict)):
+            parser.error(f"{path}: config: expected a name or fields with values, got {recipe['config']!r}")
         defaults = native | recipe
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv))

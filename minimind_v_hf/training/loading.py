@@ -140,7 +140,7 @@ def _load_config(run: RunArguments) -> MiniMindVConfig:
 
 def _config_of(given: dict[str, Any]) -> MiniMindVConfig:
     """The configuration with these fields. Raises a ValueError for one that there is not: transformers would keep it unread."""
-    config = MiniMindVConfig(**given)
+    config = MiniMindVConfig(**{"image_token_id": 0} | given)  # which the tokenizer decides
     parts = {"config": config, "text_config": config.text_config, "vision_config": config.vision_config}
     for name, part in parts.items():
         names = (given.get(name) or {}) if name != "config" else given
