@@ -47,7 +47,7 @@ def main() -> None:
 
     # ── Data ──
     data = load_data(run, args, processor)
-    collator = make_collator(run, args, processor, model, data)
+    collator = make_collator(run, args, processor, model, data, independent_turns=stage.independent_turns)
 
     # ── Training ──
     trainer = MiniMindVTrainer(

@@ -248,3 +248,42 @@ def test_augmentation_moves_pixels_a_little_in_training_alone(dtype):
     assert augment.train()(pixels[:0]).shape == (0, 3, 40, 40)
     with pytest.raises(ValueError, match=r"augment=0\.9: expected a share from 0 to 0.5"):
         RandomAffine(0.9)
+
+
+# ── Turns that do not see each other ──
+
+
+def test_each_turn_is_answered_as_if_it_were_alone(dataset, processor):
+    """Of a row with two images and three turns, one with one image, and one of text, which stays whole."""
+
+    def turns(count: int) -> list[dict[str, str]]:
+        said = [("What?", "a lazy dog"), ("How many shapes are there?", "lazy"), ("Hi", "red")][:count]
+        return [
+            {"role": role, "content": text} for turn in said for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+
+    def conversation(images: int, count: int) -> dict:
+        messages = turns(count)
+        messages[0]["content"] = "<image>" * images + messages[0]["content"]
+        return {"conversations": messages, "images": dataset[1]["images"][:images]}
+
+    rows = list(tokenize_conversations(Dataset.from_list([conversation(2, 3), conversation(1, 1)]), processor))
+    rows += list(tokenize_conversations(Dataset.from_list([{"conversations": turns(2), "images": []}]), processor))
+    model = make_model()
+    batch = MiniMindVCollator(processor, independent_turns=True)(rows)
+    labels = batch.pop("labels")
+    assert batch["attention_mask"].shape == (3, 1, labels.shape[1], labels.shape[1])
+    logits = model(**batch).logits
+    ids, spoken = batch["input_ids"][0], labels[0] != -100
+    end = int((ids == processor.image_token_id).nonzero()[-1]) + 1
+    stops = (spoken & ~torch.cat([spoken[1:], torch.tensor([False])])).nonzero().flatten() + 1
+    assert len(stops) == 3
+    for start, stop in zip([end, *stops[:-1]], stops, strict=True):
+        alone = torch.cat([ids[:end], ids[start:stop]])[None]
+        expected = model(alone, pixel_values=batch["pixel_values"][:2]).logits[0, end:]
+        torch.testing.assert_close(logits[0, start:stop], expected, atol=1e-4, rtol=0)
+    for row, pixels in ((1, batch["pixel_values"][2:]), (2, None)):
+        whole = torch.tensor(rows[row]["input_ids"])[None]
+        expected = model(whole, pixel_values=pixels).logits[0]
+        torch.testing.assert_close(logits[row, : whole.shape[1]], expected, atol=1e-4, rtol=0)
+    assert logits.isfinite().all()

@@ -83,12 +83,15 @@ class MiniMindVCollator:
             must then be applied there.
         max_dropped: of a stream, whose images nobody has decoded before: the share of samples, from 0 to 1, that may be
             dropped, and logged, since an image of theirs is damaged. By default none may.
+        independent_turns: let each turn of a conversation see the images of the first turn and itself alone, as if it were a
+            row of its own. A question cannot then be answered from what was said before. Not for packed rows.
     """
 
     processor: MiniMindVProcessor
     pad_to_multiple_of: int | None = None
     uint8_pixels: bool = False
     max_dropped: float | None = None
+    independent_turns: bool = False
     _seen: int = field(default=0, init=False, repr=False)
     _lost: int = field(default=0, init=False, repr=False)
     _normalize: PixelNormalizer = field(init=False, repr=False)
@@ -110,7 +113,9 @@ class MiniMindVCollator:
               then begins with 0.
             * `attention_mask` (rows, longest row); or, if a row is packed, `position_ids` instead, which begin at 0 with
               each sample and with the padding. From these transformers makes a mask that keeps samples apart (of another
-              decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only.
+              decoder than ours only with `use_cache=False`). Flash attention reads them in batches of one row only. With
+              `independent_turns` both: `position_ids` that go on after the images in every turn, and an `attention_mask`
+              (rows, 1, longest row, longest row) of float32, 0 for what a token sees and the lowest number for what not.
 
         Raises:
             ValueError: an image cannot be read; or more of them than `max_dropped` allows, or some of every row.
@@ -138,11 +143,30 @@ class MiniMindVCollator:
         packed = any("samples" in row for row in rows)
         batch = {"input_ids": input_ids, "labels": labels}
         batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+        if self.independent_turns:
+            batch |= self._apart(input_ids, labels, attention_mask)
         pixel_values = self._resize(images)
         return {
             **{name: torch.from_numpy(array) for name, array in batch.items()},
             "pixel_values": pixel_values if self.uint8_pixels else self._normalize(pixel_values),
         }
+
+    def _apart(self, input_ids: np.ndarray, labels: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+        places = np.arange(input_ids.shape[1])
+        spoken = labels != IGNORE_INDEX
+        begins = np.zeros_like(spoken)
+        begins[:, 1:] = spoken[:, :-1] & ~spoken[:, 1:]  # a turn, after each answer
+        turns = begins.cumsum(axis=1)
+        images = (input_ids == self.processor.image_token_id) & (turns == 0)
+        end = (images * (places + 1)).max(axis=1, keepdims=True)  # of what all turns share
+        turns[end[:, 0] == 0] = 0  # text alone stays as it is
+        shared = places < end
+        start = np.maximum.accumulate(np.where(begins & (end > 0), places, end), axis=1)
+        sees = shared[:, None, :] | (turns[:, :, None] == turns[:, None, :])
+        sees &= (places[:, None] >= places) & (attention_mask[:, None, :] > 0)
+        sees |= np.eye(len(places), dtype=bool)  # padding sees itself: nothing at all would give no number
+        hidden = np.where(sees, np.float32(0), np.finfo(np.float32).min)
+        return {"position_ids": np.where(shared, places, end + places - start), "attention_mask": hidden[:, None]}
 
     def _read(self, groups: list[list[dict[str, Any]]]) -> tuple[list[list[dict[str, Any]]], list[Image.Image]]:
         """The samples whose images can be read, in their rows, and all these images."""

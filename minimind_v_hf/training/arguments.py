@@ -100,6 +100,13 @@ class StageArguments(FreezingArguments):
             "mirrored or recoloured. Held-out images stay as they are."
         },
     )
+    independent_turns: bool = field(
+        default=False,
+        metadata={
+            "help": "Let each turn of a row see the image and itself alone: for questions about an image that are no "
+            "conversation, which could be answered from the turns before."
+        },
+    )
     muon: bool = field(
         default=False,
         metadata={
@@ -209,6 +216,8 @@ def parse_arguments(
     try:
         run, args, *more = parser.parse_dict(values)
         _check(run, args, values.get("trainable"), values.get("augment"))
+        if values.get("independent_turns") and run.pack_length is not None:
+            raise ValueError("--independent_turns and --pack_length: one mask cannot keep both turns and samples apart.")
         if values.get("muon") and not hasattr(torch.optim, "Muon"):
             raise ValueError(f"--muon needs torch 2.9 or newer, and this is {torch.__version__}.")
         if values.get("encoder_learning_rate") is not None and not values.get("muon"):

@@ -244,10 +244,13 @@ def make_collator(
     model: MiniMindVForConditionalGeneration,
     data: TrainingData,
     uint8_pixels: bool = True,
+    independent_turns: bool = False,
 ) -> MiniMindVCollator | CachedFeaturesCollator:
     """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output."""
     max_dropped = run.max_dropped if run.streaming and not run.strict else None
-    collator = MiniMindVCollator(processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped)
+    collator = MiniMindVCollator(
+        processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped, independent_turns=independent_turns
+    )
     if not run.cache_features:
         return collator
     sets = [getattr(rows, "dataset", rows) for rows in (data.train, data.held_out) if rows is not None]
