@@ -110,8 +110,7 @@ class StageArguments(FreezingArguments):
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Train matrices with Muon and the rest with AdamW, at one learning rate: better for small models from "
-            "nothing (needs torch 2.9)."
+            "help": "Train matrices with Muon and the rest with AdamW: better for small models from nothing (needs torch 2.9)."
         },
     )
     encoder_learning_rate: float | None = field(

@@ -1,15 +1,15 @@
 """What goes into training steps, told as rates, shares, and use of the machine."""
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from ..hardware import matmul_rate
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
@@ -42,14 +42,7 @@ def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]
     flops["label"] = 2 * model.lm_head.weight.numel() * (1 + below + model.lm_head.weight.requires_grad)
 
     encoder_learns = not is_frozen(inner.vision_tower)
-    positions = (vision.image_size // vision.patch_size) ** 2
-    matrices = sum(weight.numel() for weight in inner.vision_tower.parameters() if weight.dim() > 1)
-    if hasattr(vision, "hidden_sizes"):  # its stages have grids of several sizes
-        forward = _convolution_flops(inner.vision_tower, vision.image_size)
-    else:
-        attention = 4 * positions * vision.hidden_size * vision.num_hidden_layers
-        forward = positions * (2 * matrices + attention)
-    flops["image"] = forward * (1 + 2 * encoder_learns)
+    flops["image"] = _encoder_flops(inner.vision_tower, vision.image_size) * (1 + 2 * encoder_learns)
     for weight in inner.multi_modal_projector.parameters():
         if weight.dim() > 1:
             tokens = model.config.image_seq_length
@@ -57,9 +50,12 @@ def training_flops(model: MiniMindVForConditionalGeneration) -> dict[str, float]
     return flops
 
 
-def _convolution_flops(encoder: nn.Module, size: int) -> float:
+def _encoder_flops(encoder: PreTrainedModel, size: int) -> int:
+    """Of one image, forward, as torch counts them without computing: encoders differ too much for a formula."""
+    tensors = {name: tensor.to("meta") for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}
+    pixels = torch.empty(1, 3, size, size, dtype=encoder.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(encoder).to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+        functional_call(encoder, tensors, (pixels,))
     return counter.get_total_flops()
 
 
