@@ -58,7 +58,7 @@ from minimind_v_hf.training import (
     parse_arguments,
     training_flops,
 )
-from minimind_v_hf.training.muon import MuonWithAdamW
+from minimind_v_hf.training.muon import MuonWithAdamW, orthogonalized
 
 
 ROOT = Path(__file__).parents[1]
@@ -405,6 +405,20 @@ def test_the_operations_of_a_convolutional_encoder():
     assert training_flops(model)["image"] == 2 * (convolutions + projector)
 
 
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_muon_orthogonalizes(shape):
+    """Directions stay, and all are about as strong: the strongest of these is 1000 times the weakest."""
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    result = orthogonalized(left @ torch.diag(torch.logspace(0, -3, len(right))) @ right)
+    assert result.dtype == torch.float32
+    strengths = left.T @ result @ right.T
+    torch.testing.assert_close(strengths, strengths.diag().diag(), rtol=0, atol=1e-4)
+    assert strengths.diag()[: len(right) // 2].min() > 0.6
+    assert strengths.diag().max() < 1.3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 def test_muon_steps_as_torch_has_it_and_adamw_for_the_rest():
     """Linear layers and flattened convolutions by Muon, embeddings, head and norms by AdamW, the encoder at its own rate."""
     model = make_model(vision_config=RESNET, text_config={"num_hidden_layers": 1})
@@ -445,7 +459,9 @@ def test_muon_steps_as_torch_has_it_and_adamw_for_the_rest():
             optimizer = MuonWithAdamW(model, 1e-3, 4e-3, 0.1, (0.9, 0.99), 1e-8)
             optimizer.load_state_dict(state)
     for name, weight in expected.items():
-        torch.testing.assert_close(inner.get_parameter(name).view_as(weight), weight)
+        # torch's Muon computes in bfloat16; a step of it changes a weight by about 2e-4, or 8e-4 in the encoder
+        error = 2e-6 if name in adamw else 0.05 * muon[name]
+        torch.testing.assert_close(inner.get_parameter(name).view_as(weight), weight, rtol=0, atol=error)
     assert inner.language_model.norm.weight.eq(1).all()
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -109,9 +109,7 @@ class StageArguments(FreezingArguments):
     )
     muon: bool = field(
         default=False,
-        metadata={
-            "help": "Train matrices with Muon and the rest with AdamW: better for small models from nothing (needs torch 2.9)."
-        },
+        metadata={"help": "Train matrices with Muon and the rest with AdamW: better for small models from nothing."},
     )
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "With --muon, the learning rate of the image encoder; by default --learning_rate."}
@@ -217,8 +215,6 @@ def parse_arguments(
         _check(run, args, values.get("trainable"), values.get("augment"))
         if values.get("independent_turns") and run.pack_length is not None:
             raise ValueError("--independent_turns and --pack_length: one mask cannot keep both turns and samples apart.")
-        if values.get("muon") and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"--muon needs torch 2.9 or newer, and this is {torch.__version__}.")
         if values.get("encoder_learning_rate") is not None and not values.get("muon"):
             raise ValueError("--encoder_learning_rate needs --muon: other optimizers have one learning rate for all.")
     except (ValueError, TypeError) as error:
