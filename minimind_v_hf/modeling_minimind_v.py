@@ -185,12 +185,17 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         if pixel_values.shape[0] == 0:  # not len(), which would fix the number of images in an exported graph
             outputs = self._encode_no_images(pixel_values)
         else:
-            outputs = self._encode(pixel_values, **kwargs)
+            outputs = self.encode(pixel_values, **kwargs)
         outputs.pooler_output = None  # the encoder's own is one vector for the whole image
         outputs.pooler_output = self._projected(outputs)
         return outputs
 
-    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def encode(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The encoder's output for images (N, 3, height, width); its last hidden state is (N, patches, width) for any encoder.
+
+        Raises:
+            ValueError: a convolutional encoder has another stride than the configuration says.
+        """
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **{**kwargs, "return_dict": True})
         grid, vision = outputs.last_hidden_state, self.config.vision_config
         if grid.ndim == 4:  # (N, channels, rows, columns), as convolutional encoders have it
@@ -262,8 +267,11 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             width = self.config.vision_config.hidden_size
             return BaseModelOutputWithPooling(last_hidden_state=pixel_values.new_zeros(0, num_patches, width))
         # A trainable encoder is to have gradients, and a sharded one is run by all processes together. So a blank image is
-        # encoded, and left out of the result.
-        blank = self._encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
+        # encoded, and left out of the result, in evaluation mode: a batch norm's statistics are to be those of images.
+        training = self.vision_tower.training
+        self.vision_tower.eval()
+        blank = self.encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
+        self.vision_tower.train(training)
         return BaseModelOutputWithPooling(last_hidden_state=blank.last_hidden_state[:0])
 
     def has_placeholders(self, input_ids: torch.Tensor) -> bool:

@@ -4,7 +4,9 @@ The template puts marks into text from messages, and the tokenizer takes them ou
 """
 
 import copy
+import itertools
 import json
+import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -56,38 +58,55 @@ _CHAT_TEMPLATE = """\
 {%- if default_system and messages[0].role != "system" -%}
     {{- "<|im_start|>system\\n" ~ default_system ~ "<|im_end|>\\n" -}}
 {%- endif -%}
+{#- Trained with turns apart, a model is asked as if the question came first after the images of the first turn -#}
+{%- set first = namespace(asked=false, images="", left_out=false) -%}
+{%- if independent_turns and add_generation_prompt -%}
+    {%- for message in messages -%}
+        {%- if message.role == "user" and not first.asked -%}
+            {%- set first.asked = true -%}
+            {%- for part in render(message.content).split(image_token) -%}
+                {%- if not loop.first -%}{%- set first.images = first.images ~ image_token -%}{%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role not in ["system", "user", "assistant"] -%}
         {{- raise_exception("Unknown role '" ~ message.role ~ "': expected 'system', 'user' or 'assistant'.") -}}
     {%- endif -%}
-    {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
-    {%- if message.role == "assistant" -%}
-        {%- set content = render(message.content) -%}
-        {%- set answer = namespace(content=content) -%}
-        {%- generation -%}
-            {%- if thinking -%}
-                {#- The assistant's own thoughts and calls are control tokens that it learned -#}
-                {%- for name in ["think>", "/think>", "tool_call>", "/tool_call>"] -%}
-                    {%- set answer.content = answer.content | replace("<" ~ mark ~ name, "<" ~ name) -%}
-                {%- endfor -%}
-                {%- set content = answer.content -%}
-                {%- set reasoning = "" -%}
-                {%- if message.reasoning_content is string -%}
-                    {%- set reasoning = plain(message.reasoning_content) -%}
-                {%- elif "</think>" in content -%}
-                    {%- set reasoning = content.split("</think>")[0].split("<think>")[-1] -%}
-                    {%- set content = content.split("</think>")[-1] -%}
-                {%- endif -%}
-                {%- set reasoning = reasoning.strip("\\n") -%}
-                {%- if reasoning or not (drop_empty_thinking is defined and drop_empty_thinking) -%}
-                    {{- "<think>\\n" ~ reasoning ~ "\\n</think>\\n\\n" -}}
-                {%- endif -%}
-                {%- set content = content.lstrip("\\n") -%}
-            {%- endif -%}
-            {{- content ~ "<|im_end|>\\n" -}}
-        {%- endgeneration -%}
+    {%- if first.images and not loop.last and message.role != "system" -%}
+        {%- set first.left_out = true -%}
     {%- else -%}
-        {{- render(message.content) ~ "<|im_end|>\\n" -}}
+        {{- "<|im_start|>" ~ message.role ~ "\\n" -}}
+        {%- if message.role == "assistant" -%}
+            {%- set content = render(message.content) -%}
+            {%- set answer = namespace(content=content) -%}
+            {%- generation -%}
+                {%- if thinking -%}
+                    {#- The assistant's own thoughts and calls are control tokens that it learned -#}
+                    {%- for name in ["think>", "/think>", "tool_call>", "/tool_call>"] -%}
+                        {%- set answer.content = answer.content | replace("<" ~ mark ~ name, "<" ~ name) -%}
+                    {%- endfor -%}
+                    {%- set content = answer.content -%}
+                    {%- set reasoning = "" -%}
+                    {%- if message.reasoning_content is string -%}
+                        {%- set reasoning = plain(message.reasoning_content) -%}
+                    {%- elif "</think>" in content -%}
+                        {%- set reasoning = content.split("</think>")[0].split("<think>")[-1] -%}
+                        {%- set content = content.split("</think>")[-1] -%}
+                    {%- endif -%}
+                    {%- set reasoning = reasoning.strip("\\n") -%}
+                    {%- if reasoning or not (drop_empty_thinking is defined and drop_empty_thinking) -%}
+                        {{- "<think>\\n" ~ reasoning ~ "\\n</think>\\n\\n" -}}
+                    {%- endif -%}
+                    {%- set content = content.lstrip("\\n") -%}
+                {%- endif -%}
+                {{- content ~ "<|im_end|>\\n" -}}
+            {%- endgeneration -%}
+        {%- else -%}
+            {%- if first.left_out -%}{{- first.images ~ "\\n" -}}{%- endif -%}
+            {{- render(message.content) ~ "<|im_end|>\\n" -}}
+        {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -99,7 +118,7 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def build_chat_template(image_token: str, default_system: str | None, thinking: bool) -> str:
+def build_chat_template(image_token: str, default_system: str | None, thinking: bool, independent_turns: bool = False) -> str:
     """The ChatML template of MiniMind-V, in Jinja, with `{% generation %}` around what a model learns.
 
     Args:
@@ -107,10 +126,28 @@ def build_chat_template(image_token: str, default_system: str | None, thinking: 
         default_system: system message of conversations that have none (MiniMind2), or None.
         thinking: open each answer with a `<think>` block (minimind-3); the option `open_thinking` of
             `apply_chat_template` then leaves it open in the prompt, and `drop_empty_thinking` omits blocks without thoughts.
+        independent_turns: in a prompt about images of the first turn, leave out all turns but the last, as suits a model that
+            was trained with `independent_turns` of the collator. Training text is not changed.
     """
-    settings = {"image_token": image_token, "mark": CONTROL_MARK, "default_system": default_system or "", "thinking": thinking}
+    settings = {
+        "image_token": image_token,
+        "mark": CONTROL_MARK,
+        "default_system": default_system or "",
+        "thinking": thinking,
+        "independent_turns": independent_turns,
+    }
     header = "".join(f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in settings.items())
     return header + _CHAT_TEMPLATE
+
+
+def rebuild_chat_template(chat_template: str | None, **changes: bool) -> str | None:
+    """A template of this or an earlier version as this one writes it, with changes to its settings; None for any other."""
+    setting = re.compile(r'\{%- set (\w+) = (".*"|true|false) -%\}')
+    lines = itertools.takewhile(setting.fullmatch, (chat_template or "").splitlines())
+    settings = {name: json.loads(value) for name, value in setting.findall("\n".join(lines))}
+    if settings.pop("mark", None) is None:
+        return None
+    return build_chat_template(**settings | changes)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, across_words: bool = False) -> PreTrainedTokenizerFast:

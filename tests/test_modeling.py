@@ -322,7 +322,11 @@ def test_a_convolutional_encoder(tmp_path):
     input_ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 6]])
     logits = model(input_ids, pixel_values=images).logits
     assert torch.equal(again(input_ids, pixel_values=images).logits, logits)
-    assert model.train()(torch.tensor([[5, 6, 7]])).logits.isfinite().all()  # text alone, with an encoder that learns
+    # Text alone, with an encoder that learns
+    before = {name: tensor.clone() for name, tensor in model.train().named_buffers()}
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+    assert model.model.vision_tower.training
 
 
 def test_a_patch_size_that_is_not_the_stride_is_refused():

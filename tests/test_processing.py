@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind_v_hf import MiniMindVProcessor
 from minimind_v_hf.configuration_minimind_v import CONTROL_MARK
-from minimind_v_hf.preparation import prepare_tokenizer
+from minimind_v_hf.preparation import prepare_tokenizer, rebuild_chat_template
 
 
 IMAGE_TOKENS = 16
@@ -18,6 +18,28 @@ IMAGE_TOKENS = 16
 
 def chat(*messages: tuple[str, object]) -> list[dict]:
     return [{"role": role, "content": content} for role, content in messages]
+
+
+def test_a_model_of_independent_turns_is_asked_the_last_question_alone():
+    processor = make_processor()
+    ours = processor.chat_template
+    processor.chat_template = rebuild_chat_template(ours, independent_turns=True)
+    one = chat(("system", "Be brief"), ("user", "<image><image>\nHi"))
+    several = chat(("system", "Be brief"), ("user", "<image><image>\nWho?"), ("assistant", "Me"), ("user", "Hi"))
+    items = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "\nWho?"}]
+    lists = chat(("system", "Be brief"), ("user", items), ("assistant", "Me"), ("user", [{"type": "text", "text": "Hi"}]))
+    text_alone = chat(("user", "Who?"), ("assistant", "Me"), ("user", "Hi"))
+    expected = processor.apply_chat_template(one, add_generation_prompt=True)
+    assert expected.endswith("<|im_start|>user\n<image><image>\nHi<|im_end|>\n<|im_start|>assistant\n")
+    for messages in (several, lists):
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+    # Training text, and conversations without images, stay as they are
+    unchanged = [(several, {}), (text_alone, {"add_generation_prompt": True})]
+    rendered = [processor.apply_chat_template(messages, **options) for messages, options in unchanged]
+    assert rebuild_chat_template(processor.chat_template, independent_turns=False) == ours
+    processor.chat_template = ours
+    assert rendered == [processor.apply_chat_template(messages, **options) for messages, options in unchanged]
+    assert rebuild_chat_template("{%- set image_token = [1] -%}\n" + ours) is None
 
 
 # ── Tokens ──

@@ -940,6 +940,18 @@ def test_killed_in_two_processes_and_resumed_in_one(home, launch, tmp_path, unin
     assert int(alone.stdout) == make_model().num_parameters(), alone.stderr[-2000:]
 
 
+def test_muon_in_two_processes_has_the_losses_of_one(home, rows, launch, tmp_path):
+    alone = make_trainer(home, rows, tmp_path / "alone", muon=True, trainable="all", save_strategy="no")
+    alone.train()
+    options = ["--muon", "true", "--trainable", "all", "--per_device_train_batch_size", BATCH // 2]
+    done = launch(tmp_path / "run", *options, processes=2)
+    assert done.returncode == 0, done.output[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+    assert "Muon, and AdamW for what is no matrix" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(ValueError, match="was written with Muon, and its optimizer cannot be read with nothing sharded"):
+        make_trainer(home, rows, tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
 def test_the_best_checkpoint_is_loaded_in_two_processes(home, launch, tmp_path):
     done = launch(
         tmp_path,
@@ -1100,8 +1112,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
     other.write_text(recipe.read_text() + "\nmax_steps: 100\n")
     _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path)
     assert args.max_steps == 100
-    _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path, "--num_train_epochs=3")
-    assert (args.max_steps, args.num_train_epochs) == (-1, 3)
+    for flag in ("--num_train_epochs=3", "--num-train-epochs=3"):
+        _, args, _ = parse(monkeypatch, other, "--output_dir", tmp_path, flag)
+        assert (args.max_steps, args.num_train_epochs) == (-1, 3)
 
 
 @pytest.mark.parametrize(
@@ -1119,6 +1132,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(home, tmp_path, mo
         ),
         (["--model", "m", "--data_files", "d", "--image_folder", "i", "--pack_length", "100"], "at least --max_length, 640"),
         (["--config", "c", "--data_files", "d", "--streaming", "--max_steps", "9"], "--streaming needs --processor"),
+        (["--model", "m", "--data_files", "d", "--muon", "--optim", "sgd"], "--muon and --optim"),
         (["--model", "m", "--data_files", "d", "--threads", "0"], "--threads 0: expected 1 or more"),
         (["--model", "m", "--data_files", "d", "--augment", "3"], "augment=3.0: expected a share from 0 to 0.5"),
         (["--model", "m", "--data_files", "d", "--vision_tower", "v"], "--vision_tower belongs to --config"),
@@ -1191,6 +1205,24 @@ def test_a_small_model_from_nothing(home, launch, tmp_path):
     assert colours["pixel_values"].mean((0, 2, 3)).abs().max() < 0.5  # measured on the rows' own images
     assert (colours["pixel_values"].std((0, 2, 3)) - 1).abs().max() < 0.3
     assert inputs["input_ids"].tolist() == [[model.config.image_token_id] * model.config.image_seq_length]
+    state = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    first, encoder = (group["initial_lr"] for group in state["muon"]["param_groups"])
+    assert (first, encoder) == (RATE, recipe["encoder_learning_rate"])
+    assert "| turns | each sees the image and itself alone |" in (tmp_path / "run" / "README.md").read_text()
+    turns = [("user", "<image>\nIs it red?"), ("assistant", "no"), ("user", "What colour is it?")]
+    prompt = processor.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], add_generation_prompt=True
+    )
+    assert prompt == "<|im_start|>user\n<image>\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\n"
+    # Training goes on with its encoder frozen, whose batch norms count in numbers without a dimension
+    further = SETTINGS | data | {"model": str(tmp_path / "run"), "cache_features": str(tmp_path / "cache")}
+    (tmp_path / "further.yaml").write_text(yaml.safe_dump(further))
+    run = launch(tmp_path / "further", recipe=tmp_path / "further.yaml")
+    assert run.returncode == 0, run.output
+    assert np.all(np.load(tmp_path / "cache" / "checksums.npy"))
+    encoder = load_checkpoint(tmp_path / "further" / "checkpoint-4").model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in model.model.vision_tower.state_dict().items())
+    assert "independent_turns = false" in (tmp_path / "further" / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize(

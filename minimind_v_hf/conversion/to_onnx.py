@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedModel, Qwen3Config
 from ..configuration_minimind_v import MiniMindVConfig, MiniMindVTextConfig
 from ..model_card import model_card, table
 from ..onnx_model import GRAPHS, graph_file
-from ..preparation import build_chat_template
+from ..preparation import rebuild_chat_template
 from ..processing_minimind_v import MiniMindVProcessor
 from .folders import check_output, new_folder, read_model_folder, read_processor
 from .onnx_comparison import Comparison, Report
@@ -131,11 +131,8 @@ def _quietly() -> Iterator[None]:
 def use_simple_template(processor: MiniMindVProcessor, folder: Path) -> None:
     """Give a processor a chat template that transformers.js can read, or warn where it has one of its own."""
     # Templates that an earlier version of this package wrote use what the Jinja of transformers.js does not know
-    settings = dict(re.findall(r"^\{%- set (\w+) = (.+?) -%\}$", processor.chat_template or "", re.MULTILINE)[:4])
-    if list(settings) == ["image_token", "mark", "default_system", "thinking"]:
-        del settings["mark"]
-        values = {name: json.loads(value) for name, value in settings.items()}
-        processor.chat_template = build_chat_template(**values | {"default_system": values["default_system"] or None})
+    if template := rebuild_chat_template(processor.chat_template):
+        processor.chat_template = template
     else:
         warn(f"{folder} has a chat template of its own: whether transformers.js can read it was not tried")
 

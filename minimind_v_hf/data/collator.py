@@ -83,8 +83,9 @@ class MiniMindVCollator:
             must then be applied there.
         max_dropped: of a stream, whose images nobody has decoded before: the share of samples, from 0 to 1, that may be
             dropped, and logged, since an image of theirs is damaged. By default none may.
-        independent_turns: let each turn of a conversation see the images of the first turn and itself alone, as if it were a
-            row of its own. A question cannot then be answered from what was said before. Not for packed rows.
+        independent_turns: let each turn of a conversation see the images of the first turn, with what stands before them,
+            and itself alone, as if it were a row of its own. A question cannot then be answered from what was said before.
+            Not for packed rows.
     """
 
     processor: MiniMindVProcessor
@@ -118,7 +119,8 @@ class MiniMindVCollator:
               (rows, 1, longest row, longest row) of float32, 0 for what a token sees and the lowest number for what not.
 
         Raises:
-            ValueError: an image cannot be read; or more of them than `max_dropped` allows, or some of every row.
+            ValueError: an image cannot be read; or more of them than `max_dropped` allows, or some of every row; or rows are
+                packed that are to have `independent_turns`.
         """
         groups, images = self._read([row.get("samples", [row]) for row in rows])
         length = max(sum(len(sample["input_ids"]) for sample in group) for group in groups)
@@ -141,6 +143,8 @@ class MiniMindVCollator:
             position_ids[row, start:] = np.arange(length - start)
 
         packed = any("samples" in row for row in rows)
+        if packed and self.independent_turns:
+            raise ValueError("independent_turns and packed rows: one mask cannot keep both turns and samples apart.")
         batch = {"input_ids": input_ids, "labels": labels}
         batch |= {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
         if self.independent_turns:

@@ -104,12 +104,15 @@ class StageArguments(FreezingArguments):
         default=False,
         metadata={
             "help": "Let each turn of a row see the image and itself alone: for questions about an image that are no "
-            "conversation, which could be answered from the turns before."
+            "conversation, which could be answered from the turns before. Prompts then leave out the turns before, too."
         },
     )
     muon: bool = field(
         default=False,
-        metadata={"help": "Train matrices with Muon and the rest with AdamW: better for small models from nothing."},
+        metadata={
+            "help": "Train linear layers and convolutions with Muon and the rest, experts too, with AdamW: better for small "
+            "models from nothing."
+        },
     )
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "With --muon, the learning rate of the image encoder; by default --learning_rate."}
@@ -171,10 +174,13 @@ def parse_arguments(
     """
     kinds = (RunArguments, training, *others)
     # A subclass may have fields that RunArguments has too, as TRL's: both are told
-    parser = _Parser(kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve")
+    parser = _Parser(
+        kinds, description=description, formatter_class=_HelpFormatter, conflict_handler="resolve", allow_abbrev=False
+    )
     parser.usage = "%(prog)s [RECIPE.yaml] --model FOLDER --data_files FILE … --image_folder FOLDER --output_dir FOLDER …"
     known = {argument.name for kind in kinds for argument in fields(kind) if argument.init}
     defaults = native = native_recipe() | stage
+    given: set[str] = set()
     argv = sys.argv[1:]
     if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         path = argv.pop(0)
@@ -191,7 +197,7 @@ def parse_arguments(
             parser.error(f"{path}: {', '.join(empty)} has no value")
         if not isinstance(recipe.get("config", ""), (str, dict)):
             parser.error(f"{path}: config: expected a name or fields with values, got {recipe['config']!r}")
-        defaults = native | recipe
+        defaults, given = native | recipe, {*recipe}
     parser.set_defaults(**defaults)
     values = vars(parser.parse_args(argv))
     for module, extra in (needs or {}).items():
@@ -201,8 +207,8 @@ def parse_arguments(
     own_schedule = values["lr_scheduler_type"] != native["lr_scheduler_type"]
     if own_schedule and values["lr_scheduler_kwargs"] is native["lr_scheduler_kwargs"]:
         values["lr_scheduler_kwargs"] = None
-    flags = {flag.partition("=")[0] for flag in argv}
-    if "--num_train_epochs" in flags and "--max_steps" not in flags:
+    flags = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--")}
+    if "num_train_epochs" in flags and "max_steps" not in flags:
         values["max_steps"] = -1  # the file's, which Trainer would put before the epochs
     if values["eval_files"] and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"
@@ -215,6 +221,8 @@ def parse_arguments(
         _check(run, args, values.get("trainable"), values.get("augment"))
         if values.get("independent_turns") and run.pack_length is not None:
             raise ValueError("--independent_turns and --pack_length: one mask cannot keep both turns and samples apart.")
+        if values.get("muon") and "optim" in given | flags:
+            raise ValueError("--muon and --optim: Muon is an optimizer, with AdamW for what is no matrix; leave --optim out.")
         if values.get("encoder_learning_rate") is not None and not values.get("muon"):
             raise ValueError("--encoder_learning_rate needs --muon: other optimizers have one learning rate for all.")
     except (ValueError, TypeError) as error:

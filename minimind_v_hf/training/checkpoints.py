@@ -199,7 +199,7 @@ def encoder_digest(model: MiniMindVForConditionalGeneration) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # a number has no dimension
     return digest.hexdigest()
 
 

@@ -78,7 +78,7 @@ class FeatureCache:
 
     def write(self, rows: list[int], vectors: torch.Tensor) -> None:
         """Keep patch vectors (images, patches, width) in these rows, unless another run has replaced the folder since."""
-        vectors = vectors.cpu()
+        vectors = vectors.cpu().contiguous()
         arrays = (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
         # Not through the map, where a full disk would end the process without a word
         checksums = [np.uint32(_checksum(array)) for array in arrays]
@@ -121,7 +121,7 @@ class FeatureCache:
         vectors = kwargs["mm_encoder_outputs"]["image"].last_hidden_state
         places, rows, _ = uncached.unbind(1)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=vectors.dtype == torch.bfloat16):
-            encoded = tower(pixels.to(tower.dtype)).last_hidden_state[:, -vectors.shape[1] :].to(vectors.dtype)
+            encoded = model.model.encode(pixels).last_hidden_state[:, -vectors.shape[1] :].to(vectors.dtype)
         self.write(rows.tolist(), encoded)
         vectors[places] = encoded
         return args, kwargs

@@ -22,16 +22,20 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from ..chat import refuse_other_weights
 from ..configuration_minimind_v import IMAGE_PLACEHOLDER, MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..data.images import read_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from ..preparation import build_chat_template, prepare_tokenizer, train_tokenizer
+from ..preparation import build_chat_template, prepare_tokenizer, rebuild_chat_template, train_tokenizer
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import RunArguments
 from .features import CachedFeaturesCollator, cache_features
+
+
+logger = logging.get_logger(__name__)
 
 
 # ── The model ──
@@ -246,7 +250,16 @@ def make_collator(
     uint8_pixels: bool = True,
     independent_turns: bool = False,
 ) -> MiniMindVCollator | CachedFeaturesCollator:
-    """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output."""
+    """The collator of a training script: gives pixels, or, with `cache_features`, the encoder's output.
+
+    The processor's chat template then asks as the turns were trained: apart, or with those before.
+    """
+    template = processor.chat_template or ""
+    if independent_turns or "set independent_turns = true" in template:
+        rebuilt = rebuild_chat_template(template, independent_turns=independent_turns)
+        if rebuilt is None:
+            logger.warning("The chat template is not ours, so prompts hold all turns: ask each question by itself.")
+        processor.chat_template = processor.tokenizer.chat_template = rebuilt or template
     max_dropped = run.max_dropped if run.streaming and not run.strict else None
     collator = MiniMindVCollator(
         processor, uint8_pixels=uint8_pixels, max_dropped=max_dropped, independent_turns=independent_turns

@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
     instructions that takes as long as three training steps of a small model, and torch before 2.9 does not have it.
 
     Args:
-        params: matrices (rows, columns), or groups of them.
+        params: matrices (rows, columns), or groups of them. What has more dimensions is one of (rows, all others).
         lr: learning rate.
         weight_decay: share of the weights, times `lr`, that each step takes off.
     """
@@ -34,12 +34,15 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(weight.grad, 1 - MOMENTUM)
-                update = orthogonalized(weight.grad.lerp(momentum, MOMENTUM))
+                update = orthogonalized(weight.grad.lerp(momentum, MOMENTUM).flatten(1))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 # All entries together are as large as those of a step of AdamW
-                weight.sub_(update, alpha=group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+                weight.sub_(update.reshape(weight.shape), alpha=group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
@@ -83,15 +86,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
         layers = {module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))} - ends
         encoder = set(model.model.vision_tower.parameters())
-        # Flattened views, which share the memory of the weights
-        self._flat = {weight: weight.detach().flatten(1) for weight in learning if weight in layers}
 
         def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
             parts = ([p for p in parameters if p not in encoder], lr), ([p for p in parameters if p in encoder], encoder_lr)
-            return [{"params": [self._flat.get(p, p) for p in part], "lr": rate} for part, rate in parts if part]
+            return [{"params": part, "lr": rate} for part, rate in parts if part]
 
         self._parts: dict[str, torch.optim.Optimizer] = {}
-        if matrices := groups([*self._flat]):
+        if matrices := groups([parameter for parameter in learning if parameter in layers]):
             self._parts["muon"] = Muon(matrices, lr, weight_decay)
         if others := groups([parameter for parameter in learning if parameter not in layers]):
             self._parts["adamw"] = torch.optim.AdamW(others, weight_decay=weight_decay, betas=betas, eps=eps)
@@ -104,17 +105,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step along the gradients."""
-        for weight, flat in self._flat.items():
-            flat.grad = None if weight.grad is None else weight.grad.flatten(1)
         for part in self._parts.values():
             part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for part in self._parts.values():
-            part.zero_grad(set_to_none)
-        for weight in self._flat:
-            weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both, by name."""

@@ -65,13 +65,17 @@ def write_model_card(trainer: Any) -> None:
     draw_curves(state.log_history, folder / "curves.png")
     model = trainer.bare_model()
     last = {name: value for entry in state.log_history for name, value in entry.items()}
+    optimizer = "Muon, and AdamW for what is no matrix" if trainer.muon else args.optim.value
     recipe = {
         "started from": f"`{trainer.start}`" if trainer.start else "fresh weights",
         "steps, epochs": f"{state.global_step}, {last.get('epoch', 0):.3g}",
         "samples in a step": trainer.global_batch_size(),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}",
-        "optimiser": f"{args.optim.value}, weight decay {args.weight_decay:g}, gradient norm at most {args.max_grad_norm:g}",
+        "learning rate of the encoder": f"{trainer.encoder_learning_rate:g}" if trainer.muon else None,
+        "optimiser": f"{optimizer}, weight decay {args.weight_decay:g}, gradient norm at most {args.max_grad_norm:g}",
         "precision": {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision, "float32"),
+        "augmentation": trainer.augmentation.strength or None,
+        "turns": "each sees the image and itself alone" if getattr(trainer.data_collator, "independent_turns", False) else None,
         "seed": args.seed,
     }
     results = {
@@ -84,7 +88,7 @@ def write_model_card(trainer: Any) -> None:
     if sheets := sorted((folder / "samples").glob("step-*.png")):
         images.append(f"![Answers to held-out questions](samples/{sheets[-1].name})")
     sections = {
-        "Recipe": f"{table(recipe.items())}\n\n```\n{parameter_table(model)}\n```",
+        "Recipe": f"{table(item for item in recipe.items() if item[1] is not None)}\n\n```\n{parameter_table(model)}\n```",
         "Data": "\n\n".join(data) or "Not recorded.",
         "Results": "\n\n".join([table((name, value) for name, value in results.items() if value), *images]),
     }

@@ -81,7 +81,8 @@ class MiniMindVTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self._augment, self._muon, self._encoder_lr = RandomAffine(augment), muon, encoder_learning_rate
+        self.augmentation, self.muon = RandomAffine(augment), muon
+        self.encoder_learning_rate = self.args.learning_rate if encoder_learning_rate is None else encoder_learning_rate
         if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.fp16):
             raise ValueError(
                 "Muon needs whole matrices and unscaled gradients: no FSDP or DeepSpeed, and bf16 instead of fp16."
@@ -133,10 +134,10 @@ class MiniMindVTrainer(Trainer):
         return [name for name, _ in model.named_parameters()]
 
     def create_optimizer(self, *others, **kwargs):
-        if self._muon and self.optimizer is None:  # type: ignore[has-type]
+        if self.muon and self.optimizer is None:  # type: ignore[has-type]
             args = self.args
             rate, betas = args.learning_rate, (args.adam_beta1, args.adam_beta2)
-            encoder_rate = rate if self._encoder_lr is None else self._encoder_lr
+            encoder_rate = self.encoder_learning_rate
             self.optimizer = MuonWithAdamW(self.model, rate, encoder_rate, args.weight_decay, betas, args.adam_epsilon)
         return super().create_optimizer(*others, **kwargs)
 
@@ -160,7 +161,7 @@ class MiniMindVTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         pixels = inputs.get("pixel_values")
         if pixels is not None:
-            pixels = self._augment.train(self.model.training)(pixels)
+            pixels = self.augmentation.train(self.model.training)(pixels)
             inputs["pixel_values"] = pixels if pixels.is_floating_point() else self._normalize_pixels(pixels)
         return inputs
 
@@ -286,13 +287,13 @@ class MiniMindVTrainer(Trainer):
         return 0 if self._resumed_step >= max_steps else num_train_epochs, *others, max_steps
 
     def _engine(self) -> str:
-        """What shards weights and optimizer, and with that the form of a checkpoint."""
+        """What shards weights and optimizer, or else the optimizer: with that, the form of a checkpoint."""
         if self.is_fsdp_enabled:
             return "FSDP"
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"DeepSpeed ZeRO-{stage} in {self.args.world_size} processes"
-        return "nothing sharded"
+        return "Muon" if self.muon else "nothing sharded"
 
     def global_batch_size(self) -> int:
         """Samples in an optimiser step, over all processes."""
