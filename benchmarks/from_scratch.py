@@ -5,10 +5,11 @@
 Draws both data sets, trains on each through examples/sft.py as a user would, asks examples/evaluate.py about held-out images,
 and prints a table. What follows `--flags` is handed to sft.py, after the recipe.
 
-* scenes: one to four things of seven shapes, eight colours and two sizes, anywhere, overlapping, on uneven ground. Asked are
-  how many, how many of a colour, is there, colour, shape, size, left or right of, above or below, the outermost, the closest.
-* symbols: one or two of 200 drawn symbols with made-up names, each drawn by another hand every time, in ink of six colours on
-  paper of eight textures. What is it called, which paper, which ink, is it the ..., which one is left.
+* scenes: one to three things of seven shapes, eight colours and two sizes, anywhere, overlapping, on uneven ground. Asked are
+  how many, how many of a colour, is there anything of a colour, what colour is the small or large one, and of a thing named by
+  its colour: which shape, small or large, in which corner.
+* symbols: one of 200 drawn symbols with made-up names, drawn by another hand every time, of any size and anywhere, in ink of
+  six colours on paper of eight textures. What is it called, which paper, which ink, in changing words.
 """
 
 import argparse
@@ -50,9 +51,7 @@ COLOURS = {
     "black": (35, 35, 35),
 }
 SIZES = {"small": (9, 12), "large": (17, 23)}
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-OUTERMOST = {"leftmost": (-1, 0), "rightmost": (1, 0), "topmost": (0, -1), "lowest": (0, 1)}
-MARGIN = 8  # pixels, by which one thing must be farther than another for a question about it
+MARGIN = 8  # pixels from the middle lines, within which nobody asks for the corner
 
 
 def corners(shape: str) -> list[tuple[float, float]]:
@@ -77,7 +76,7 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[dict]]:
     patches = noise.uniform(150, 235, (6, 6, 3)).mean(2, keepdims=True) + noise.uniform(-12, 12, (6, 6, 3))
     ground = Image.fromarray(patches.astype(np.uint8)).resize((SCENE_SIZE * scale,) * 2, Image.Resampling.BICUBIC)
     things: list[dict] = []
-    wanted, canvas = rng.randint(1, 4), ImageDraw.Draw(ground)
+    wanted, canvas = rng.randint(1, 3), ImageDraw.Draw(ground)
     for _ in range(200):
         if len(things) == wanted:
             break
@@ -102,51 +101,25 @@ def draw_scene(rng: random.Random) -> tuple[Image.Image, list[dict]]:
 
 
 def ask_scene(things: list[dict], rng: random.Random) -> list[Question]:
-    """One question of each kind that has one right answer."""
-
-    def name(thing: dict) -> str:
-        return f"{thing['colour']} {thing['shape']}"
-
-    names = [name(thing) for thing in things]
-    unique = [thing for thing in things if names.count(name(thing)) == 1]
+    """All questions that have one right answer."""
+    colours, sizes = ([thing[key] for thing in things] for key in ("colour", "size"))
     asked = [("count", "How many things are there?", str(len(things)))]
-    colour = rng.choice([rng.choice(things)["colour"], rng.choice(sorted(COLOURS))])
-    count = sum(thing["colour"] == colour for thing in things)
-    asked.append(("count of a colour", f"How many {colour} things are there?", str(count)))
-    present = rng.choice(names)
-    absent = [f"{a} {b}" for a in sorted(COLOURS) for b in SHAPES if f"{a} {b}" not in names]
-    # Half of the absent ones share colour or shape with something that is there
-    near = [text for text in absent if any(set(text.split()) & set(other.split()) for other in names)]
-    subject, answer = rng.choice([(present, "yes"), (rng.choice(rng.choice([absent, near])), "no")])
-    asked.append(("is there", f"Is there a {subject}?", answer))
-    for kind, known, question in (
-        ("colour", "shape", "What colour is the {}?"),
-        ("shape", "colour", "What shape is the {} thing?"),
-    ):
-        values = [thing[known] for thing in things]
-        if alone := [thing for thing in things if values.count(thing[known]) == 1]:
-            thing = rng.choice(alone)
-            asked.append((kind, question.format(thing[known]), thing[kind]))
-    if unique:
-        thing = rng.choice(unique)
-        asked.append(("size", f"Is the {name(thing)} small or large?", thing["size"]))
-    word, (dx, dy) = rng.choice(sorted(OUTERMOST.items()))
-    order = sorted((-thing["x"] * dx - thing["y"] * dy, name(thing)) for thing in things)
-    if len(order) > 1 and order[1][0] - order[0][0] > MARGIN:
-        asked.append(("outermost", f"What is the {word} thing?", order[0][1]))
-    if len(unique) > 1:
-        one, other = rng.sample(unique, 2)
-        word, (dx, dy) = rng.choice(sorted(DIRECTIONS.items()))
-        distance = (one["x"] - other["x"]) * dx + (one["y"] - other["y"]) * dy
-        if abs(distance) > MARGIN:
-            answer = "yes" if distance > 0 else "no"
-            asked.append(("relation", f"Is the {name(one)} {word} the {name(other)}?", answer))
-    if unique and len(things) > 2:
-        centre = rng.choice(unique)
-        others = [thing for thing in things if thing is not centre]
-        distances = sorted((math.dist((t["x"], t["y"]), (centre["x"], centre["y"])), name(t)) for t in others)
-        if distances[1][0] - distances[0][0] > MARGIN:
-            asked.append(("closest", f"What is closest to the {name(centre)}?", distances[0][1]))
+    colour = rng.choice([rng.choice(colours), rng.choice(sorted(COLOURS))])
+    asked.append(("count of a colour", f"How many {colour} things are there?", str(colours.count(colour))))
+    colour = rng.choice([rng.choice(colours), rng.choice(sorted({*COLOURS} - {*colours}))])
+    asked.append(("is there", f"Is there anything {colour}?", "yes" if colour in colours else "no"))
+    for thing in things:
+        colour, size = thing["colour"], thing["size"]
+        if sizes.count(size) == 1:
+            asked.append(("colour", f"What colour is the {size} thing?", colour))
+        if colours.count(colour) > 1:
+            continue
+        asked.append(("shape", f"What shape is the {colour} thing?", thing["shape"]))
+        asked.append(("size", f"Is the {colour} thing small or large?", size))
+        right, down = (thing[axis] - SCENE_SIZE / 2 for axis in "xy")
+        if min(abs(right), abs(down)) > MARGIN:
+            corner = f"{'lower' if down > 0 else 'upper'} {'right' if right > 0 else 'left'}"
+            asked.append(("corner", f"In which corner is the {colour} thing?", corner))
     return asked
 
 
@@ -204,52 +177,34 @@ def paper(texture: str, noise: np.random.Generator) -> np.ndarray:
     return light + (dark - light) * pattern + noise.normal(0, 4, (SYMBOL_SIZE, SYMBOL_SIZE, 3))
 
 
-def draw_symbols(rng: random.Random) -> tuple[Image.Image, dict]:
-    """An image, and what is on it: names from left to right, the paper, the ink."""
+def draw_symbol(rng: random.Random) -> tuple[Image.Image, dict]:
+    """An image, and what is on it: the symbol's name, the paper, the ink."""
     noise, scale = np.random.default_rng(rng.getrandbits(32)), 3
-    names = rng.sample(sorted(symbols()), rng.choice([1, 1, 2]))
-    texture, ink = rng.choice(PAPERS), rng.choice(sorted(INKS))
+    name, texture, ink = rng.choice(sorted(symbols())), rng.choice(PAPERS), rng.choice(sorted(INKS))
     mask = Image.new("L", (SYMBOL_SIZE * scale,) * 2)
     canvas = ImageDraw.Draw(mask)
-    width = SYMBOL_SIZE / len(names)
-    for place, name in enumerate(names):
-        radius = rng.uniform(0.36, 0.46) * width if len(names) > 1 else rng.uniform(0.25, 0.42) * width
-        x = (place + 0.5) * width + rng.uniform(-1, 1) * (width / 2 - radius) * 0.9
-        y = SYMBOL_SIZE / 2 + rng.uniform(-1, 1) * (SYMBOL_SIZE / 2 - radius) * 0.9
-        turn, slant, squeeze = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.15)
-        hand = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ [[squeeze, slant], [0, 1]]
-        thickness = max(2, round(rng.uniform(0.1, 0.17) * radius * scale))
-        for stroke in symbols()[name]:
-            points = (stroke + noise.normal(0, 0.06, stroke.shape)) @ hand.T * radius + (x, y)
-            canvas.line([(a * scale, b * scale) for a, b in points], fill=255, width=thickness, joint="curve")
+    radius = rng.uniform(0.25, 0.42) * SYMBOL_SIZE
+    x, y = (SYMBOL_SIZE / 2 + rng.uniform(-0.9, 0.9) * (SYMBOL_SIZE / 2 - radius) for _ in range(2))
+    turn, slant, squeeze = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.15)
+    hand = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ [[squeeze, slant], [0, 1]]
+    thickness = max(2, round(rng.uniform(0.1, 0.17) * radius * scale))
+    for stroke in symbols()[name]:
+        points = (stroke + noise.normal(0, 0.06, stroke.shape)) @ hand.T * radius + (x, y)
+        canvas.line([(a * scale, b * scale) for a, b in points], fill=255, width=thickness, joint="curve")
     mask = mask.resize((SYMBOL_SIZE,) * 2, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(0.4))
     cover = np.asarray(mask)[..., None] / 255.0 * rng.uniform(0.8, 1.0)
     pixels = paper(texture, noise) * (1 - cover) + np.array(INKS[ink]) * cover
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), {"names": names, "paper": texture, "ink": ink}
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), {"name": name, "paper": texture, "ink": ink}
 
 
-def ask_symbols(seen: dict, rng: random.Random) -> list[Question]:
+def ask_symbol(seen: dict, rng: random.Random) -> list[Question]:
     """Questions of all kinds, in changing words."""
-    names = seen["names"]
-    asked = [
-        (
-            "paper",
-            rng.choice(["What is the paper like?", "Describe the paper.", "Which texture has the ground?"]),
-            seen["paper"],
-        ),
-        ("ink", rng.choice(["Which colour is the ink?", "What colour was used to write?"]), seen["ink"]),
-        ("count", rng.choice(["How many symbols are there?", "Count the symbols."]), str(len(names))),
-    ]
-    if len(names) == 1:
-        asked.append(("name", rng.choice(["What is this symbol called?", "Name the symbol.", "Read the sign."]), names[0]))
-    else:
-        side, name = rng.choice([("left", names[0]), ("right", names[1])])
-        asked.append(
-            ("name of one of two", rng.choice(["What is the {} symbol called?", "Name the {} symbol."]).format(side), name)
-        )
-    subject, answer = rng.choice([(rng.choice(names), "yes"), (rng.choice(sorted({*symbols()} - {*names})), "no")])
-    asked.append(("is there", rng.choice(["Is there a {} here?", "Can you see a {}?"]).format(subject), answer))
-    return asked
+    questions = {
+        "paper": ["What is the paper like?", "Describe the paper.", "Which texture has the ground?"],
+        "ink": ["Which colour is the ink?", "What colour was used to write?"],
+        "name": ["What is this symbol called?", "Name the symbol.", "Read the sign."],
+    }
+    return [(kind, rng.choice(words), seen[kind]) for kind, words in questions.items()]
 
 
 # ── Data sets ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,7 +229,7 @@ def write_data_set(folder: Path, draw: Callable, ask: Callable, images: int, hel
                 file.write(json.dumps(row) + "\n")
 
 
-DATA_SETS = {"scenes": (draw_scene, ask_scene), "symbols": (draw_symbols, ask_symbols)}
+DATA_SETS = {"scenes": (draw_scene, ask_scene), "symbols": (draw_symbol, ask_symbol)}
 
 
 # ── The benchmark ────────────────────────────────────────────────────────────────────────────────────────────────────
