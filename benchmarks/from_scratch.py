@@ -230,6 +230,7 @@ def write_data_set(folder: Path, draw: Callable, ask: Callable, images: int, hel
 
 
 DATA_SETS = {"scenes": (draw_scene, ask_scene), "symbols": (draw_symbol, ask_symbol)}
+STEPS = {"scenes": 2700, "symbols": 3450}  # about ten minutes of two cores: a row of symbols has fewer turns
 
 
 # ── The benchmark ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -265,6 +266,7 @@ def main() -> None:
         write_data_set(data, *DATA_SETS[name], arguments.images, arguments.held_out, arguments.turns)
         command = [*launch, ROOT / "examples/sft.py", ROOT / "examples/recipes/from_scratch.yaml"]
         command += ["--data_files", data / "train.jsonl", "--image_folder", data / "images", "--output_dir", model]
+        command += ["--max_steps", STEPS[name]]
         minutes, busy = run(*command, *arguments.flags)
         command = [sys.executable, ROOT / "examples/evaluate.py", "--model", model, "--data", data / "test.jsonl"]
         run(*command, "--images", data / "images", "--output", answers, "--max-new-tokens", "12")

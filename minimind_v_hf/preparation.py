@@ -140,6 +140,11 @@ def build_chat_template(image_token: str, default_system: str | None, thinking: 
     return header + _CHAT_TEMPLATE
 
 
+def has_independent_turns(chat_template: str | None) -> bool:
+    """Whether prompts leave out all turns but the last."""
+    return "{%- set independent_turns = true -%}" in (chat_template or "")
+
+
 def rebuild_chat_template(chat_template: str | None, **changes: bool) -> str | None:
     """A template of this or an earlier version as this one writes it, with changes to its settings; None for any other."""
     setting = re.compile(r'\{%- set (\w+) = (".*"|true|false) -%\}')

@@ -4,6 +4,7 @@ xllamacpp may abort, so it runs in processes of its own.
 """
 
 import json
+import shutil
 import sys
 import urllib.request
 
@@ -14,7 +15,7 @@ from conftest import CORPUS, IMAGE_SIZE, MOE, image_url, make_image, make_model,
 from convert import to_gguf
 from minimind_v_hf import MiniMindForCausalLM
 from minimind_v_hf.conversion import ConversionError, llama_cpp
-from minimind_v_hf.preparation import prepare_tokenizer, train_tokenizer
+from minimind_v_hf.preparation import prepare_tokenizer, rebuild_chat_template, train_tokenizer
 
 
 gguf = pytest.importorskip("gguf")
@@ -191,6 +192,17 @@ params.n_gpu_layers, params.mmproj_use_gpu, params.warmup, params.fit_params = 0
 server = xllamacpp.Server(params)
 signal.pause()
 """
+
+
+def test_turns_that_were_trained_apart_are_told(exported, tmp_path, capsys):
+    folder = exported("3v-moe")[2] / "model"
+    shutil.copytree(folder, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    changed = rebuild_chat_template(template, independent_turns=True)
+    (tmp_path / "model" / "chat_template.jinja").write_text(changed, encoding="utf-8")
+    to_gguf.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "gguf")])
+    assert "ask each question in a new conversation" in capsys.readouterr().err
+    assert "ask each question in a new conversation" in (tmp_path / "gguf" / "README.md").read_text(encoding="utf-8")
 
 
 @needs_engine

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model_card import model_card, table
+from ..preparation import has_independent_turns
 from ..processing_minimind_v import MiniMindVProcessor
 from . import llama_cpp
 from .folders import check_output, new_folder, read_model_folder, read_processor
@@ -39,6 +40,11 @@ _SQUARE = (
     "the square that matters first."
 )
 _PLAIN = "What looks like a control token in a message, `<|im_start|>` say, is one to llama.cpp; in transformers it is text."
+
+_APART = (
+    "This model was trained to see an image and one question, and its own template leaves the turns before out. llama.cpp's "
+    "has them: ask each question in a new conversation."
+)
 
 _CHAT_TEMPLATE = """\
 {%- if default_system and messages[0].role != "system" -%}
@@ -137,6 +143,8 @@ def convert(
     has_class_token = source.processor is not None and source.model.config.vision_config.model_type == "clip_vision_model"
     notes = [_CLASS_TOKEN[class_token]] if has_class_token else []
     notes += [_SQUARE, _PLAIN] if source.processor else [_PLAIN]
+    if source.processor and has_independent_turns(source.processor.chat_template):
+        notes.append(_APART)
     answers, bad = [], []
     with new_folder(output) as staging:
         files = {dtype: write(source, staging, dtype, class_token) for dtype in dict.fromkeys(dtypes)}

@@ -29,7 +29,13 @@ from ..configuration_minimind_v import IMAGE_PLACEHOLDER, MiniMindVConfig
 from ..data import DataReport, MiniMindVCollator, load_conversations, pack, tokenize_conversations
 from ..data.images import read_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
-from ..preparation import build_chat_template, prepare_tokenizer, rebuild_chat_template, train_tokenizer
+from ..preparation import (
+    build_chat_template,
+    has_independent_turns,
+    prepare_tokenizer,
+    rebuild_chat_template,
+    train_tokenizer,
+)
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import RunArguments
 from .features import CachedFeaturesCollator, cache_features
@@ -254,8 +260,8 @@ def make_collator(
 
     The processor's chat template then asks as the turns were trained: apart, or with those before.
     """
-    template = processor.chat_template or ""
-    if independent_turns or "set independent_turns = true" in template:
+    template = processor.chat_template
+    if independent_turns != has_independent_turns(template):
         rebuilt = rebuild_chat_template(template, independent_turns=independent_turns)
         if rebuilt is None:
             logger.warning("The chat template is not ours, so prompts hold all turns: ask each question by itself.")
