@@ -160,6 +160,17 @@ def test_both_forms_of_the_class_token(exported, tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(rows["last"], torch.cat((rows["first"][1:], rows["first"][:1])), atol=0, rtol=0)
 
 
+def test_turns_that_were_trained_apart_are_told(exported, tmp_path, capsys):
+    folder = exported("3v-moe")[2] / "model"
+    shutil.copytree(folder, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    changed = rebuild_chat_template(template, independent_turns=True)
+    (tmp_path / "model" / "chat_template.jinja").write_text(changed, encoding="utf-8")
+    to_gguf.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "gguf")])
+    assert "ask each question in a new conversation" in capsys.readouterr().err
+    assert "ask each question in a new conversation" in (tmp_path / "gguf" / "README.md").read_text(encoding="utf-8")
+
+
 @needs_engine
 def test_every_dtype_loads_and_answers(exported, tmp_path, capsys):
     model, processor, folder = exported("3v-moe")
@@ -192,17 +203,6 @@ params.n_gpu_layers, params.mmproj_use_gpu, params.warmup, params.fit_params = 0
 server = xllamacpp.Server(params)
 signal.pause()
 """
-
-
-def test_turns_that_were_trained_apart_are_told(exported, tmp_path, capsys):
-    folder = exported("3v-moe")[2] / "model"
-    shutil.copytree(folder, tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    changed = rebuild_chat_template(template, independent_turns=True)
-    (tmp_path / "model" / "chat_template.jinja").write_text(changed, encoding="utf-8")
-    to_gguf.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "gguf")])
-    assert "ask each question in a new conversation" in capsys.readouterr().err
-    assert "ask each question in a new conversation" in (tmp_path / "gguf" / "README.md").read_text(encoding="utf-8")
 
 
 @needs_engine

@@ -135,10 +135,9 @@ class MiniMindVTrainer(Trainer):
 
     def create_optimizer(self, *others, **kwargs):
         if self.muon and self.optimizer is None:  # type: ignore[has-type]
-            args = self.args
-            rate, betas = args.learning_rate, (args.adam_beta1, args.adam_beta2)
-            encoder_rate = self.encoder_learning_rate
-            self.optimizer = MuonWithAdamW(self.model, rate, encoder_rate, args.weight_decay, betas, args.adam_epsilon)
+            args, rates = self.args, (self.args.learning_rate, self.encoder_learning_rate)
+            betas = args.adam_beta1, args.adam_beta2
+            self.optimizer = MuonWithAdamW(self.model, *rates, args.weight_decay, betas, args.adam_epsilon)
         return super().create_optimizer(*others, **kwargs)
 
     # ── Data ──
